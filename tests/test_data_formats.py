@@ -46,19 +46,42 @@ def test_mend_zsre(read) -> None:
     assert (edit.prompt, edit.target, edit.subject) == (ZSRE["src"], "Madrid", "Panamá Viejo")
     assert edit.rephrases == ("Who founded Panamá Viejo?",)
     assert edit.locality == (Probe("nq question: who sings it", "Bobby Scott"),)
-    assert edit.meta == {"answers": ["Panama City"], "pred": "Panama City"}
+    assert edit.truth == "Panama City"
+    assert edit.meta == {"pred": "Panama City"}
 
 
 @pytest.mark.parametrize(
-    ("targets", "expected"),
+    ("change", "truth", "kept"),
     [
-        ({"alt": "new", "ans": "other", "answers": ["true"]}, "new"),
-        ({"ans": "other", "answers": ["true"]}, "other"),
-        ({"answers": ["true", "also true"]}, "true"),
+        ({"answers": "Panama City"}, "Panama City", None),
+        ({"answers": [["Panama City"]]}, "Panama City", None),
+        ({"answers": ["Panama City", "Panamá"]}, "Panama City", ["Panama City", "Panamá"]),
+        ({"answers": ["", " Panama\nCity "]}, "Panama\nCity", None),
+        ({"answers": ["Madrid "]}, None, ["Madrid "]),
+        ({"answers": []}, None, []),
+        ({"answers": [1, "b"]}, None, [1, "b"]),
+        ({"answers": None}, None, None),
     ],
 )
-def test_zsre_target_is_alt_then_ans_then_the_first_of_answers(read, targets: dict, expected: str) -> None:
-    assert read({"src": "q?", **targets}).records[0].target == expected
+def test_zsre_truth_is_the_first_of_answers_beside_another_target(change: dict, truth: str | None, kept: Any) -> None:
+    values = map_record(ZSRE | change).values
+    assert (values["truth"], values["meta"].get("answers")) == (truth, kept)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected", "truth", "meta"),
+    [
+        ({"alt": "new", "ans": "other", "answers": ["true"]}, "new", "true", {"ans": "other"}),
+        ({"ans": "other", "answers": ["true"]}, "other", None, {"answers": ["true"]}),
+        ({"answers": ["true"]}, "true", None, {}),
+        ({"answers": ["true", "also true"]}, "true", None, {"answers": ["true", "also true"]}),
+    ],
+)
+def test_zsre_target_is_alt_then_ans_then_the_first_of_answers(
+    read, targets: dict, expected: str, truth: str | None, meta: dict
+) -> None:
+    edit = read({"src": "q?", **targets}).records[0]
+    assert (edit.target, edit.truth, edit.meta) == (expected, truth, meta)
 
 
 def test_zsre_rephrase_list_irrelevant_text_and_answer_alternatives(read) -> None:
@@ -66,6 +89,7 @@ def test_zsre_rephrase_list_irrelevant_text_and_answer_alternatives(read) -> Non
     assert edit.rephrases == ("a?", "b?")
     assert edit.irrelevant == ("some text",)
     assert edit.locality[0].answer == "x"
+    assert edit.meta["loc_ans"] == ["x", "y"]
 
 
 def test_zsre_without_any_target_says_which(read) -> None:
@@ -103,9 +127,11 @@ def test_counterfact_fills_the_subject_in_among_other_braces(read) -> None:
     assert edit.prompt == "In {{set}} notation {Muslim} follows"
     assert edit.rephrases == ("The religion of {Muslim} is",)
     assert [(p.answer, p.kind, p.near) for p in edit.locality] == [("Islam", "same-relation", True)] * 2
+    assert edit.truth == "Islam"
     assert edit.meta == {
         "relation_id": "P140",
-        "target_true": "Islam",
+        "target_new": {"id": "Q5043"},
+        "target_true": {"id": "Q432"},
         "pararel_idx": 7,
         "attribute_prompts": ["Paul follows"],
         "generation_prompts": ["{Muslim} prays"],
@@ -132,7 +158,13 @@ def test_easyedit_flat(read) -> None:
     assert (edit.prompt, edit.target, edit.subject) == ("The mother tongue of X is", "English", "X")
     assert edit.rephrases == ("X speaks",)
     assert edit.locality == (Probe("Y", "z"),)
-    assert edit.meta == {"ground_truth": "French"}
+    assert (edit.truth, edit.ood, edit.meta) == ("French", (), {})
+
+
+@pytest.mark.parametrize("value", ["English", "<|endoftext|>", "", None, [], [["", None]], 3, ["French", 3]])
+def test_easyedit_ground_truth_that_is_no_answer_before_the_edit_stays_in_meta(value: Any) -> None:
+    values = map_record(EASYEDIT | {"ground_truth": value}).values
+    assert (values["truth"], values["meta"]) == (None, {"ground_truth": value})
 
 
 def test_easyedit_lists_and_the_second_locality_pair(read) -> None:
@@ -148,6 +180,7 @@ def test_easyedit_lists_and_the_second_locality_pair(read) -> None:
     assert edit.id == "4"
     assert edit.rephrases == ("a", "b")
     assert edit.locality == (Probe("p", "x"), Probe("q", "z"), Probe("r", "s"))
+    assert edit.meta == {"locality_ground_truth": [["x", "y"], "z"]}  # not every answer is in a probe
 
 
 def test_easyedit_loc_prompt_without_an_answer_is_an_irrelevant_text(read) -> None:
@@ -173,10 +206,22 @@ def test_locality_answer_that_continues_a_word_keeps_its_spaces(read) -> None:
     assert edit.locality[0].prompt + (edit.locality[0].answer or "") == "an historical plan "
 
 
-def test_temporal_records_keep_the_out_of_distribution_rephrase(read) -> None:
-    edit = read(EASYEDIT | {"ood_rephrase": "A paragraph."}).records[0]
-    assert edit.meta["ood_rephrase"] == "A paragraph."
-    assert edit.rephrases == ()
+def test_temporal_records_have_a_text_that_follows_in_other_words(read) -> None:
+    raw = {
+        "prompt": "Tesla, Inc., ",
+        "target_new": " originally known as Tesla Motors.\nIt makes cars.",
+        "subject": "Tesla, Inc.,",
+        "ood_rephrase": "Tesla, Inc., is a maker of cars.\n",
+        "locality_prompt": "The sky",
+        "locality_ground_truth": "",
+    }
+    edit = read(raw).records[0]
+    assert (edit.prompt, edit.target) == ("Tesla, Inc.,", "originally known as Tesla Motors.\nIt makes cars.")
+    assert (edit.ood, edit.truth, edit.rephrases, edit.meta) == (("Tesla, Inc., is a maker of cars.",), None, (), {})
+    assert edit.locality == (Probe("The sky", None),)
+    assert map_record(raw | {"ood_rephrase": ["a", "", "b"]}).values["ood"] == ("a", "b")
+    problem = '"ood_rephrase" must be a string or a list of strings, not a number'
+    assert map_record(raw | {"ood_rephrase": 3}).problems == (problem,)
 
 
 KNOWEDIT = {
@@ -206,7 +251,31 @@ def test_knowedit(read) -> None:
         Probe("Leo also", "was", "same-subject"),
         Probe("The sky is", None, "unrelated"),
     )
-    assert edit.meta == {"ground_truth": ["Malta"], "portability": KNOWEDIT["portability"]}
+    assert edit.truth == "Malta"
+    # of the locality, the first wordings and the first answers were taken: it is kept as well
+    assert edit.meta == {"portability": KNOWEDIT["portability"], "locality": KNOWEDIT["locality"]}
+
+
+@pytest.mark.parametrize(
+    ("group", "kept"),
+    [
+        ([{"prompt": "p", "ground_truth": "a"}], False),
+        ([{"prompt": ["p"], "ground_truth": [["a"]]}], False),
+        ([{"prompt": "p", "ground_truth": ""}], False),
+        ([{"prompt": "p"}], False),
+        ({"prompt": ["p", "q"], "ground_truth": ["a", ["b"]]}, False),
+        ([{"prompt": "p", "ground_truth": ["a", "b"]}], True),
+        ([{"prompt": ["p", "q"], "ground_truth": "a"}], True),
+        ([{"prompt": "p", "ground_truth": "a", "entity": "Q1"}], True),
+        ({"prompt": ["p"], "ground_truth": ["a"], "entity": "Q1"}, True),
+    ],
+)
+def test_knowedit_locality_stays_in_meta_where_the_probes_do_not_hold_it_all(group: Any, kept: bool) -> None:
+    locality = {"Relation_Specificity": group}
+    mapped = map_record(KNOWEDIT | {"locality": locality})
+    assert not mapped.problems
+    assert mapped.values["locality"][0].prompt == "p"
+    assert mapped.values["meta"].get("locality") == (locality if kept else None)
 
 
 def test_knowedit_group_of_two_lists(read) -> None:
@@ -255,6 +324,8 @@ def test_native_in_full(read) -> None:
         "rephrases": ["Says {x}\t"],
         "locality": [{"prompt": "a", "answer": "b", "kind": "same-subject"}, {"prompt": "c"}],
         "irrelevant": "alone",
+        "truth": " before\n",
+        "ood": [" It is so.\nYes. ", " "],
         "meta": {"k": [1]},
     }
     stream = read(raw)
@@ -267,8 +338,13 @@ def test_native_in_full(read) -> None:
         rephrases=("Says {x}",),
         locality=(Probe("a", "b", "same-subject"), Probe("c")),
         irrelevant=("alone",),
+        truth="before",
+        ood=("It is so.\nYes.",),
         meta={"k": [1]},
     )
+    written = stream.records[0].to_json()
+    assert (written["truth"], written["ood"]) == ("before", ["It is so.\nYes."])
+    assert read(written).records == stream.records
 
 
 @pytest.mark.parametrize(
@@ -285,6 +361,9 @@ def test_native_in_full(read) -> None:
         ({"rephrases": 4}, '"rephrases" must be a list of strings, not a number'),
         ({"rephrases": "one"}, '"rephrases" must be a list of strings, not a string'),
         ({"rephrases": ["a", 4]}, '"rephrases" must be a list of strings, but holds a number'),
+        ({"truth": ["a"]}, '"truth" must be a string, not a list'),
+        ({"ood": 4}, '"ood" must be a string or a list of strings, not a number'),
+        ({"ood": ["a", {}]}, '"ood" must be a string or a list of strings, but holds an object'),
         ({"irrelevant": 4}, '"irrelevant" must be a string or a list of strings, not a number'),
         ({"locality": {"prompt": "a"}}, '"locality" must be a list of objects, not an object'),
         ({"locality": ["a"]}, '"locality[0]" must be an object, not a string'),
@@ -325,6 +404,84 @@ def test_records_of_no_format(raw: Any, problem: str) -> None:
     assert problem in map_record(raw).problems[0]
 
 
+# Each format's own names: prompt, target, rephrases, a locality prompt and its answer.
+OWN_NAMES = {
+    "native": ("prompt", "target", "rephrases", None, None),
+    "mend-zsre": ("src", "alt", "rephrase", "loc", "loc_ans"),
+    "wikibigedit": ("update", "ans", "rephrase", "loc", "loc_ans"),
+    "easyedit": ("prompt", "target_new", "rephrase_prompt", "locality_prompt", "locality_ground_truth"),
+    "knowedit": ("prompt", "target_new", "rephrase", None, None),
+    "counterfact": (None, None, "paraphrase_prompts", None, None),
+}
+PROMPT = "Im {} Ärger: {{x}} {0} %s 東京 🦉"
+TARGET = "erste Zeile\n\n  zweite {} Zeile\u2028 – ж"
+FILLED_IN = "In {{x}} {0} %s 東京 steht {}"
+ANSWERS = [
+    ("", None),
+    (" \n", None),
+    (None, None),
+    ([], None),
+    ([["", None]], None),
+    (" mid", " mid"),
+    ([["x", "y"], "z"], "x"),
+    (["", "x"], "x"),
+]
+
+
+def record_of(name: str, target: str = TARGET, answer: Any = "") -> dict[str, Any]:
+    """A record of the format with texts that a careless reader would change, and a locality answer."""
+    prompt_key, target_key, rephrase, loc, loc_answer = OWN_NAMES[name]
+    if name == "counterfact":
+        fact = {"prompt": FILLED_IN, "subject": "{}", "target_new": {"str": target}}
+        return {"requested_rewrite": fact, str(rephrase): [PROMPT], "neighborhood_prompts": [PROMPT]}
+    record: dict[str, Any] = {str(prompt_key): PROMPT, str(target_key): target, str(rephrase): [PROMPT]}
+    if name == "native":
+        return record | {"locality": [{"prompt": PROMPT, "answer": answer}]}
+    if name == "knowedit":
+        return record | {"locality": {"Other": [{"prompt": PROMPT, "ground_truth": answer}]}}
+    return record | {str(loc): PROMPT, str(loc_answer): answer}
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_texts_pass_unchanged_in_every_format(read, name: str) -> None:
+    stream = read(record_of(name))
+    edit = stream.records[0]
+    assert stream.format == name
+    assert (edit.prompt, edit.target) == (FILLED_IN if name == "counterfact" else PROMPT, TARGET)
+    assert edit.rephrases == (PROMPT,)
+    assert [(probe.prompt, probe.answer) for probe in edit.locality] == [(PROMPT, None)]
+    assert (edit.truth, edit.ood, edit.irrelevant, edit.meta) == (None, (), (), {})
+    assert read(edit.to_json()).records == (edit,)
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_the_same_prompt_with_two_targets_is_kept_twice_in_every_format(read, name: str) -> None:
+    stream = read(record_of(name, target="one"), record_of(name, target="two"))
+    first, second = stream.records
+    assert (first.prompt, first.target, second.target) == (second.prompt, "one", "two")
+    assert first.id != second.id
+    assert (len(stream.contradictions), stream.superseded) == (1, {first.id})
+
+
+@pytest.mark.parametrize("name", [name for name in OWN_NAMES if name != "counterfact"])
+@pytest.mark.parametrize(("answer", "first"), ANSWERS)
+def test_locality_answers_in_every_format(read, name: str, answer: Any, first: str | None) -> None:
+    assert [probe.answer for probe in read(record_of(name, answer=answer)).records[0].locality] == [first]
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_optional_fields_may_be_missing_or_null_in_every_format(read, name: str) -> None:
+    full, needed = record_of(name), {*OWN_NAMES[name][:2], "requested_rewrite"}
+    bare = {key: value for key, value in full.items() if key in needed}
+    nulls = {key: value if key in needed else None for key, value in full.items()}
+    if name == "knowedit":  # told from the flat records by its groups
+        bare["portability"] = nulls["portability"] = {}
+    stream = read(bare, nulls)
+    assert stream.format == name
+    for edit in stream:
+        assert (edit.rephrases, edit.locality, edit.truth, edit.ood) == ((), (), None, ())
+
+
 def test_every_fault_of_a_record_is_named() -> None:
     problems = map_record({"prompt": "", "target": 3, "rephrases": 4, "locality": 5, "meta": 6}).problems
     assert len(problems) == 5
@@ -362,9 +519,14 @@ def test_real_files(file: str, count: int, name: str) -> None:
     key = {"mend-zsre": "src", "easyedit": "prompt"}.get(name)
     if key:
         assert [edit.prompt for edit in stream] == [record[key].rstrip() for record in raw]
+    if name == "counterfact":
+        assert [edit.truth for edit in stream] == [r["requested_rewrite"]["target_true"]["str"] for r in raw]
     if name == "mend-zsre":
         assert all(edit.irrelevant and edit.rephrases for edit in stream)
         assert [edit.target for edit in stream] == [record["alt"].strip() for record in raw]
     if name == "easyedit":
+        texts = [(record["ood_rephrase"].strip(),) if "ood_rephrase" in record else () for record in raw]
+        assert [edit.ood for edit in stream] == texts
+        assert not any(edit.meta for edit in stream)
         empty = sum(not record["locality_ground_truth"].strip() for record in raw)
         assert sum(edit.locality[0].answer is None for edit in stream) == empty

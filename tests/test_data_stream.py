@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -246,6 +247,18 @@ def test_digest_names_the_content(put) -> None:
     assert read_edits(put(jsonl(A, B | {"subject": "B"}))).digest != digest
 
 
+def test_the_digest_of_records_without_truth_or_ood_is_that_of_their_other_fields(put) -> None:
+    lines = (
+        '{"id":"1","prompt":"The capital of A is","target":"Aa"}\n'
+        '{"id":"2","locality":[{"prompt":"q"}],"prompt":"The capital of B is","subject":"B","target":"Bb"}\n'
+    )
+    stream = read_edits(put(lines))
+    assert stream.digest == hashlib.sha256(lines.encode()).hexdigest()
+    assert read_edits(put(lines.replace('"id":"1"', '"id":"1","truth":"a"'))).digest != stream.digest
+    assert read_edits(put(lines.replace('"id":"1"', '"id":"1","ood":["a"]'))).digest != stream.digest
+    assert read_edits(put(lines.replace('"id":"1"', '"id":"1","truth":" ","ood":[""]'))).digest == stream.digest
+
+
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 FILLED = TEXT.filter(lambda text: bool(text.strip()))
 JSON = st.recursive(
@@ -263,6 +276,8 @@ RECORDS = st.builds(
     rephrases=st.lists(TEXT, max_size=3).map(tuple),
     locality=st.lists(PROBES, max_size=3).map(tuple),
     irrelevant=st.lists(TEXT, max_size=2).map(tuple),
+    truth=st.none() | TEXT,
+    ood=st.lists(TEXT, max_size=2).map(tuple),
     meta=st.dictionaries(TEXT, JSON, max_size=3),
 )
 ONCE = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,7 +2,8 @@
 
 A `Fields` wraps one record. Each method asks for a key as one type and returns something usable even when the value is
 wrong, having added a sentence such as `"rephrases" must be a list of strings, not a number` to `problems`. Keys that
-were asked for are remembered, so that what is left over can be kept.
+were asked for are remembered, so that what is left over can be kept (`rest`). A value of which only a part could be
+carried, as the first of several alternative answers, counts as left over.
 
 It knows no format: which keys exist, and what they mean, is in `formats`.
 """
@@ -10,10 +11,12 @@ It knows no format: which keys exist, and what they mean, is in `formats`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from wisecli.data.records import KINDS, UNRELATED, Probe
+
+_NO_ANSWER = "<|endoftext|>"  # EasyEdit's ground_truth where the caller gives none
 
 
 class Fields:
@@ -79,6 +82,31 @@ class Fields:
             return ()
         return tuple(v for v in value if v and v.strip())
 
+    def first(self, key: str) -> str:
+        """The first text of a list that must hold one; where it holds more, the list is left over."""
+        texts = self.texts(key)
+        if len(texts) > 1:
+            self.leave(key)
+        if not texts and not self.problems:
+            self.fault(key, "is empty")
+        return texts[0] if texts else ""
+
+    def before(self, key: str, target: str) -> str | None:
+        """The answer that an edit to `target` replaces: a text, or the first of a (nested) list of them.
+
+        None, and the key left over, where there is none: the value is absent, no text, the target itself, or the
+        end-of-text token that some tools write in its place. A list with more than one answer is left over as well.
+        """
+        found = list(_filled(self.raw.get(key)))
+        if not found or not all(isinstance(leaf, str) for leaf in found):
+            return None
+        truth = found[0].strip()
+        if truth in (target.strip(), _NO_ANSWER):
+            return None
+        if len(found) == 1:
+            self.used.add(key)
+        return truth
+
     def name(self, key: str) -> str | None:
         """An identifier: a text or an integer, as a text; None when absent."""
         value = self.take(key)
@@ -103,7 +131,8 @@ class Fields:
     def pairs(self, prompt_key: str, answer_key: str, kind: str = UNRELATED) -> tuple[Probe, ...]:
         """Probes from two parallel values: one prompt and its answer, or a list of each.
 
-        An answer may be a list of alternatives (even nested): the first counts. Blank prompts are left out.
+        An answer may be a list of alternatives (even nested): the first counts, and the whole value is left over.
+        Blank prompts are left out.
         """
         prompts, answers = self.take(prompt_key), self.take(answer_key)
         if not isinstance(prompts, list):
@@ -113,6 +142,8 @@ class Fields:
         if len(answers) != len(prompts):
             self.fault(prompt_key, f'has {len(prompts)} entries, but "{answer_key}" has {len(answers)}')
             return ()
+        if any(len(list(_filled(answer))) > 1 for answer in answers):
+            self.leave(answer_key)
         self.texts(prompt_key)  # notes prompts of a wrong type; they are passed over below
         return tuple(
             Probe(prompt, self._first_text(answer_key, answer), kind)
@@ -131,8 +162,12 @@ class Fields:
         found = [self._probe(f"{key}[{i}]", entry) for i, entry in enumerate(value)]
         return tuple(probe for probe in found if probe is not None)
 
+    def leave(self, key: str) -> None:
+        """Count a key as left over although it was read: not all of it could be carried."""
+        self.used.discard(key)
+
     def rest(self) -> dict[str, Any]:
-        """What no method asked for, in the order of the record."""
+        """What no method asked for, or was left over, in the order of the record."""
         return {key: value for key, value in self.raw.items() if key not in self.used}
 
     def _probe(self, name: str, entry: Any) -> Probe | None:
@@ -149,17 +184,25 @@ class Fields:
 
     def _first_text(self, key: str, value: Any) -> str | None:
         """A text, or the first text of a (nested) list; None when there is none."""
-        while isinstance(value, list):
-            value = value[0] if value else None
-        if value is None or isinstance(value, str):
-            return value
-        self.fault(key, f"must be a string or a list of strings, not {kind_of(value)}")
+        first = next(_filled(value), None)
+        if first is None or isinstance(first, str):
+            return first
+        self.fault(key, f"must be a string or a list of strings, not {kind_of(first)}")
         return None
 
     def _lookalike(self, key: str) -> str:
         """A remark on a key of the record that is spelled almost like the missing one."""
         close = difflib.get_close_matches(key, [k for k in self.raw if k not in self.used], n=1, cutoff=0.75)
         return f' (is "{close[0]}" a misspelling of it?)' if close else ""
+
+
+def _filled(value: Any) -> Iterator[Any]:
+    """What a (nested) list holds, in order, but for nulls and blank texts; any other value is its own only entry."""
+    if isinstance(value, list):
+        for entry in value:
+            yield from _filled(entry)
+    elif value is not None and (not isinstance(value, str) or value.strip()):
+        yield value
 
 
 def kind_of(value: Any) -> str:

@@ -2,8 +2,9 @@
 
 `FORMATS` is the whole knowledge: a name, how to tell it from its keys, how to read it, and where it comes from. The
 first entry that fits wins, so the order matters: a complete native record first, an incomplete one (which is then told
-what is missing) last. Keys that a public format carries beside the ones read here are kept in `meta` unseen. In a
-native record such a key is more likely misspelled, so it is kept too, but named (`Mapped.unknown`).
+what is missing) last. Keys that a public format carries beside the ones read here are kept in `meta` unseen, and so
+is a value that was carried only in part (several alternative answers, of which the first is used). In a native record
+such a key is more likely misspelled, so it is kept too, but named (`Mapped.unknown`).
 
 Nothing here reads files, gives ids to records that bring none, or compares records with each other.
 """
@@ -18,9 +19,9 @@ from typing import Any
 from wisecli.data.fields import Fields, kind_of
 from wisecli.data.records import SAME_RELATION, SAME_SUBJECT, UNRELATED, Probe
 
-NATIVE_KEYS = ("id", "prompt", "target", "subject", "rephrases", "locality", "irrelevant", "meta")
+NATIVE_KEYS = ("id", "prompt", "target", "truth", "subject", "rephrases", "locality", "irrelevant", "ood", "meta")
 _MAX_DEPTH = 100  # far above any dataset's, far below what Python's own JSON writer can take
-SCHEMA = '{"prompt": "..", "target": "..", "rephrases": [".."], "locality": [{"prompt": ".."}]}'
+SCHEMA = '{"prompt": "..", "target": "..", "truth": "..", "rephrases": [".."], "locality": [{"prompt": ".."}]}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +86,20 @@ def _native(fields: Fields) -> dict[str, Any]:
         "rephrases": fields.texts("rephrases", single=False),
         "locality": fields.probes("locality"),
         "irrelevant": fields.texts("irrelevant"),
+        "truth": fields.optional("truth"),
+        "ood": fields.texts("ood"),
     }
     meta = fields.mapping("meta")
     return values | {"meta": fields.rest() | meta}
 
 
 def _mend_zsre(fields: Fields) -> dict[str, Any]:
+    """ZsRE: `answers` is the truth beside the changed answer `alt`, and the target where there is no other."""
     prompt = fields.required("src")
     if "alt" in fields.raw or "ans" in fields.raw:
         target = fields.required("alt" if "alt" in fields.raw else "ans")
     elif "answers" in fields.raw:
-        target = next(iter(fields.texts("answers")), "")
-        if not target and not fields.problems:
-            fields.fault("answers", "is empty")
+        target = fields.first("answers")
     else:
         target = fields.required("alt")
     return {
@@ -108,6 +110,7 @@ def _mend_zsre(fields: Fields) -> dict[str, Any]:
         "rephrases": fields.texts("rephrase"),
         "locality": fields.pairs("loc", "loc_ans"),
         "irrelevant": fields.texts("irrelevant"),
+        "truth": fields.before("answers", target) if "alt" in fields.raw else None,
         "meta": fields.rest(),
     }
 
@@ -127,7 +130,8 @@ def _wikibigedit(fields: Fields) -> dict[str, Any]:
 def _counterfact(fields: Fields) -> dict[str, Any]:
     fact = fields.child("requested_rewrite")
     template, subject = fact.required("prompt"), fact.required("subject")
-    target, true = fact.child("target_new").required("str"), fact.child("target_true").optional("str")
+    new, true = fact.child("target_new"), fact.child("target_true")
+    target, truth = new.required("str"), true.optional("str")
     neighbours = fields.texts("neighborhood_prompts")
     values = {
         "id": fields.name("case_id"),
@@ -135,13 +139,17 @@ def _counterfact(fields: Fields) -> dict[str, Any]:
         "target": target,
         "subject": subject,
         "rephrases": fields.texts("paraphrase_prompts"),
-        "locality": tuple(Probe(prompt, true, SAME_RELATION) for prompt in neighbours),
+        "locality": tuple(Probe(prompt, truth, SAME_RELATION) for prompt in neighbours),
+        "truth": truth,
     }
-    meta = fact.rest() | ({"target_true": true} if true else {}) | fields.rest()
-    return values | {"meta": meta}
+    identifiers = {"target_new": new.rest(), "target_true": true.rest()}
+    meta = fact.rest() | {key: value for key, value in identifiers.items() if value}
+    return values | {"meta": meta | fields.rest()}
 
 
 def _easyedit(fields: Fields) -> dict[str, Any]:
+    """EasyEdit's flat records: its CounterFact, and the hallucination and temporal sets of WISE."""
+    target = fields.required("target_new")
     locality = fields.pairs("locality_prompt", "locality_ground_truth")
     irrelevant = fields.texts("irrelevant")
     if "loc_ans" in fields.raw:
@@ -151,12 +159,14 @@ def _easyedit(fields: Fields) -> dict[str, Any]:
     return {
         "id": fields.name("case_id"),
         "prompt": fields.required("prompt"),
-        "target": fields.required("target_new"),
+        "target": target,
         "subject": fields.optional("subject"),
         "rephrases": fields.texts("rephrase_prompt"),
         "locality": locality,
         "irrelevant": irrelevant,
-        "meta": fields.rest(),  # ground_truth, ood_rephrase and the rest
+        "truth": fields.before("ground_truth", target),
+        "ood": fields.texts("ood_rephrase"),
+        "meta": fields.rest(),
     }
 
 
@@ -166,31 +176,45 @@ def _knowedit(fields: Fields) -> dict[str, Any]:
     target = fields.required("labels" if "target_new" not in fields.raw else "target_new")
     subject = fields.optional("concept" if "subject" not in fields.raw else "subject")
     groups = fields.child("locality")
+    locality = tuple(probe for name in groups.raw for probe in _group(groups, name))
+    if groups.rest():
+        fields.leave("locality")
     return {
         "id": fields.name("case_id"),
         "prompt": prompt,
         "target": target,
         "subject": subject,
         "rephrases": fields.texts("rephrase") + fields.texts("rephrase_prompt"),
-        "locality": tuple(probe for name in groups.raw for probe in _group(groups, name)),
-        "meta": fields.rest(),  # portability, ground_truth and the rest
+        "locality": locality,
+        "truth": fields.before("ground_truth", target),
+        "meta": fields.rest(),  # portability and the rest
     }
 
 
 def _group(groups: Fields, name: str) -> tuple[Probe, ...]:
-    """The probes of one named group: a list of {prompt, ground_truth}, or one object holding two lists."""
+    """The probes of one named group: a list of {prompt, ground_truth}, or one object holding two lists.
+
+    The group is left over where it holds more than the probes do: other wordings, answers or keys.
+    """
     entries = groups.take(name)
     kind = SAME_SUBJECT if "Relation" in name or "Forget" in name else UNRELATED
     if isinstance(entries, dict):
-        return Fields(entries, f"locality.{name}", groups.problems).pairs("prompt", "ground_truth", kind)
+        whole = Fields(entries, f"locality.{name}", groups.problems)
+        found = whole.pairs("prompt", "ground_truth", kind)
+        if whole.rest():
+            groups.leave(name)
+        return found
     if entries is not None and not isinstance(entries, list):
         groups.fault(name, f"must be a list of objects, not {kind_of(entries)}")
         return ()
     probes: list[Probe] = []
     for i, entry in enumerate(entries or []):
         if isinstance(entry, dict):
-            part = Fields(_first_prompt(entry), f"locality.{name}[{i}]", groups.problems)
+            single = _first_prompt(entry)
+            part = Fields(single, f"locality.{name}[{i}]", groups.problems)
             probes.extend(part.pairs("prompt", "ground_truth", kind))
+            if part.rest() or entry.get("prompt") not in (single["prompt"], [single["prompt"]]):
+                groups.leave(name)
         else:
             groups.fault(f"{name}[{i}]", f"must be an object, not {kind_of(entry)}")
     return tuple(probes)

@@ -1,7 +1,7 @@
-"""The shipped texts: ordinary prompts that no edit is about, and short sentences to stand before a prompt.
+"""The shipped texts: ordinary prompts that no edit is about, sentences to stand before a prompt, and held-out passages.
 
-Both are plain text files beside this module, one entry per line. Which of them an editor uses, how many and in what
-order, is not decided here.
+All are plain text files beside this module, one entry per line. Which of them an editor uses, how many and in what
+order, is not decided here. No editor uses the passages: they are for measuring.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ def ordinary_prompts() -> tuple[str, ...]:
 def contexts() -> tuple[str, ...]:
     """Sentences that may stand before a prompt without changing what it asks."""
     return _lines("contexts.txt")
+
+
+def held_text() -> tuple[str, ...]:
+    """Passages of plain English, 50 to 90 words each, to measure what a model keeps of its general ability."""
+    return _lines("held_text.txt")
 
 
 @cache

@@ -2,8 +2,8 @@
 
 Both are values: made once, never changed, written as JSON in the tool's own schema (`to_json`). The text is kept as it
 was given, with two exceptions that make prompt + separator + target well defined: white space at the end of a prompt
-(and of a rephrase) is dropped, and so is white space around the target. A locality answer is *not* stripped: in the
-public files some continue the prompt in the middle of a word.
+(and of a rephrase) is dropped, and so is white space around the target, the truth and the texts of `ood`. A locality
+answer is *not* stripped: in the public files some continue the prompt in the middle of a word.
 
 Nothing here reads files, knows other formats, tokenizes, or decides which of two contradicting edits wins.
 """
@@ -73,6 +73,8 @@ class EditRecord:
         rephrases: other wordings of the prompt, for generalization.
         locality: prompts whose answers must not change.
         irrelevant: texts used *while* editing as out-of-scope examples; disjoint from `locality`.
+        truth: the answer before the edit, without a leading space; None where the dataset does not give it.
+        ood: texts that follow from the edit in other words, out of its distribution; scored as wholes.
         meta: whatever else the record carried; kept, never interpreted.
         source: where it was read, "edits.jsonl:7". Not part of the value: ignored by `==` and by `to_json`.
     """
@@ -84,6 +86,8 @@ class EditRecord:
     rephrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
     irrelevant: tuple[str, ...] = ()
+    truth: str | None = None
+    ood: tuple[str, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
     source: str = field(default="", compare=False)
 
@@ -98,6 +102,8 @@ class EditRecord:
             "rephrases": _texts(r.rstrip() for r in self.rephrases),
             "locality": tuple(self.locality),
             "irrelevant": _texts(self.irrelevant),
+            "truth": self.truth.strip() or None if self.truth else None,
+            "ood": _texts(text.strip() for text in self.ood),
         }
         for name, value in tidy.items():
             object.__setattr__(self, name, value)
@@ -110,6 +116,8 @@ class EditRecord:
             "rephrases": list(self.rephrases),
             "locality": [probe.to_json() for probe in self.locality],
             "irrelevant": list(self.irrelevant),
+            "truth": self.truth,
+            "ood": list(self.ood),
             "meta": dict(self.meta),
         }
         return out | {name: value for name, value in optional.items() if value}

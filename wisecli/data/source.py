@@ -1,4 +1,4 @@
-"""Get raw JSON records, each with its place, out of a file: JSONL, a JSON array, or an object holding one list.
+"""Get raw records, each with its place, out of a file: JSONL, a JSON array, an object holding one list, or Parquet.
 
 What a file is, is decided by its content; its name says nothing. Gzip is undone, a UTF-8 byte-order mark is dropped.
 Lines end at a line feed only, because a JSON string may hold other line separators as they are. NaN, which some tools
@@ -15,10 +15,12 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from wisecli.data.formats import map_record
+from wisecli.data.parquet import is_parquet, read_rows
 from wisecli.errors import InputError
 
 _GZIP = b"\x1f\x8b"
@@ -37,16 +39,17 @@ def read_raw(path: Path, limit: int | None = None) -> list[RawRecord]:
     """The records of a file in their order, at most `limit`; undecodable lines are among them, with their problem.
 
     Raises:
-        InputError: there is no such file, it cannot be read, or it holds no JSON at all.
+        InputError: there is no such file, it cannot be read, or it holds no records at all.
     """
-    text = _read_text(path)
-    if not text.strip():
-        raise InputError(f"{path} is empty", hint="Write one edit per line, as JSON.")
-    found: list[RawRecord] = []
-    for record in _records(path.name, text):
-        if limit is not None and len(found) >= limit:
-            break
-        found.append(record)
+    records: Iterator[RawRecord]
+    if is_parquet(path):
+        records = (RawRecord(f"{path.name}: record {i}", row) for i, row in enumerate(read_rows(path), start=1))
+    else:
+        text = _read_text(path)
+        if not text.strip():
+            raise InputError(f"{path} is empty", hint="Write one edit per line, as JSON.")
+        records = _records(path.name, text)
+    found = list(islice(records, limit))
     if not found:
         raise InputError(f"{path} holds no records", hint="Write one edit per line, as JSON.")
     return found
@@ -87,7 +90,7 @@ def _read_text(path: Path) -> str:
 
 
 def _records(name: str, text: str) -> Iterator[RawRecord]:
-    """One document if it is one; else lines, if most of them begin like a record; else a broken document."""
+    """The records of a text: one document if it is one; else lines, if most begin like a record; else a broken one."""
     value, problem, line = _decode(text)
     if problem is None:
         return _document(name, value, text)

@@ -70,7 +70,7 @@ def read_edits(path: str | PathLike[str], limit: int | None = None) -> EditStrea
     """Read a file of edits in any accepted format.
 
     Args:
-        path: JSONL, a JSON array or an object holding one list; gzip or not.
+        path: JSONL, a JSON array or an object holding one list, gzip or not; or Parquet (needs pyarrow).
         limit: read only the first so many records.
 
     Raises:
