@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from wisecli.data.pool import ordinary_prompts
 from wisecli.data.records import EditRecord
 from wisecli.data.stream import EditStream
 from wisecli.editing.batch import capture_edits, edit_rows
 from wisecli.editing.config import EditConfig
+from wisecli.editing.editor import Editor, slices
 from wisecli.editing.merge import merge_run
 from wisecli.editing.negatives import about_edits, hard_negatives, template_of
 from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
-from wisecli.editing.run import EditRun, slices
+from wisecli.editing.run import EditRun
 from wisecli.errors import BaseMismatch, InputError, UsageError
 from wisecli.memory.bits import draw_mask
 from wisecli.memory.calibration import key_threshold
 from wisecli.memory.shard import RunFolder
-from wisecli.models.base import load_base
+from wisecli.models.base import Base, load_base
 from wisecli.models.prompts import PromptEncoder
 from wisecli.models.site import find_site
 from wisecli.models.upper import UpperModel
@@ -132,6 +135,115 @@ def test_a_stream_of_few_edits_does_not_open_the_gate_to_its_neighbours() -> Non
     ordinary, neighbours = torch.linspace(-0.1, 0.2, 1000), torch.linspace(0.1, 0.6, 1000)
     epsilon = key_threshold(ordinary, neighbours, torch.zeros(0), torch.full((3,), 0.9)).epsilon
     assert epsilon >= 0.5
+
+
+# -- edits that arrive one by one --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learner_type", [Rehearsal, Published])
+def test_an_edit_in_the_place_of_another(upper: UpperModel, learner_type: type) -> None:
+    """The replaced edit's rows are gone, the others' are the same objects, and nothing moves outside the mask."""
+    published = learner_type is Published
+    config = EditConfig(max_steps=5, contexts=1, block=1, schedule="published" if published else "rehearsal")
+    mask = draw_mask((upper.site.d_out, upper.site.d_in), 0.2, 3)
+    learner = learner_type(upper, mask, config, 0)
+    first, second, third = capture_edits(upper, records(3), 1, 0)
+    (other,) = capture_edits(upper, [dataclasses.replace(records(3)[1], id="new", target="Oslo")], 1, 0)
+    for edit in (first, second, third):
+        learner.arrive([edit])
+    before = learner.result().clone()
+    learner.replace(1, other)
+    if published:
+        assert [e.record.id for e in learner.edits] == ["e0", "new", "e2"]
+    else:
+        want = [*first.rows, *other.rows, *third.rows]
+        assert len(learner.rows) == len(want)
+        assert all(a is b for a, b in zip(learner.rows, want, strict=True))
+        assert learner.owner == [0] * len(first.rows) + [1] * len(other.rows) + [2] * len(third.rows)
+    delta = learner.result()
+    assert not torch.equal(delta, before)
+    assert bool((delta[~mask] == 0).all())
+    assert len(learner.outcomes()) == 3
+
+
+def test_a_replaced_edit_is_learned_and_the_others_stay(upper: UpperModel) -> None:
+    config = EditConfig(contexts=0, block=1, max_steps=200, lr=0.2, mask_density=1.0)
+    learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
+    captured = capture_edits(upper, records(3), 0, 0)
+    (other,) = capture_edits(upper, [dataclasses.replace(records(3)[1], target="Oslo")], 0, 0)
+    learner.arrive(captured)
+    assert all(o.took for o in learner.outcomes())
+    learner.replace(1, other)
+    assert learner.outcomes()[1].took
+    for edit, holds in ((captured[0], True), (captured[1], False), (other, True), (captured[2], True)):
+        with torch.no_grad():
+            logits, targets = upper.logits(edit.rows[:1], learner.result())
+        assert bool((logits.argmax(-1) == targets).all()) == holds, edit.record
+
+
+class TestOpenShard:
+    """A shard that takes edits in whenever they come."""
+
+    config = EditConfig(contexts=1, max_steps=6, rank=16, shards=1, block=1)
+
+    @pytest.fixture
+    def editor(self, tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Editor:
+        monkeypatch.setattr("wisecli.editing.editor.ordinary_prompts", lambda: ordinary_prompts()[:48])
+        return Editor(Base(tiny_model("llama"), tokenizer, "tiny"), self.config)
+
+    def test_the_same_prompt_takes_the_place_of_the_earlier_edit(self, editor: Editor) -> None:
+        one, two = records(2)
+        back = dataclasses.replace(one, id="back", target="Vienna")
+        shard = editor.open(0, EditStream.of([one, two]))
+        before = {k: v.clone() for k, v in editor.base.model.state_dict().items()}
+        for record in (one, two, back):
+            shard.arrive(record)
+        assert [e.record.id for e in shard.captured] == ["back", "e1"]
+        made = shard.shard()
+        assert [(e["id"], e["outcome"] == "superseded") for e in made.edits] == [
+            *(("e0", True), ("e1", False), ("back", False)),
+        ]
+        assert {made.edits[i]["id"] for i in made.owner.tolist()} == {"e1", "back"}
+        again = dataclasses.replace(one, id="again")
+        shard.arrive(again)
+        outcomes = {e["id"]: e["outcome"] for e in shard.shard().edits}
+        assert [k for k, v in outcomes.items() if v == "superseded"] == ["e0", "back"]
+        dense = shard.shard().delta.dense()
+        assert bool((dense[~shard.mask] == 0).all())
+        assert bool((dense[shard.mask] != 0).any())
+        for name, value in editor.base.model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    def test_reading_a_shard_off_changes_nothing(self, editor: Editor) -> None:
+        deltas = []
+        for read in (False, True):
+            shard = editor.open(0, EditStream.of(records(3)))
+            for _ in shard.learn(records(3)):
+                if read:
+                    shard.shard()
+            deltas.append(shard.shard())
+        assert torch.equal(deltas[0].delta.values, deltas[1].delta.values)
+        assert torch.equal(deltas[0].keys, deltas[1].keys)
+        assert deltas[0].edits == deltas[1].edits
+
+    def test_negatives_do_not_depend_on_what_was_asked_before(self, editor: Editor) -> None:
+        """Else the bytes of a shard would depend on when it was read off."""
+        prompts = [f"{'where is ' * (i % 5)}the capital of {c} {i}" for i, c in enumerate(COUNTRIES * 12)]
+        whole = editor.whitened(prompts)
+        editor._vectors.clear()
+        for at in range(0, len(prompts), 7):
+            editor.whitened(prompts[at : at + 7])
+        assert torch.equal(editor.whitened(prompts), whole)
+
+    def test_a_whole_stream_in_memory_is_that_of_a_run(self, editor: Editor, tmp_path: Any) -> None:
+        stream = EditStream.of(records(4))
+        run = EditRun(editor.base, stream, self.config, tmp_path)
+        for _ in run:
+            pass
+        (shard,) = editor.learn(stream)
+        shard.save(tmp_path / "mine.safetensors")
+        assert (tmp_path / "mine.safetensors").read_bytes() == run.folder.shard_path(0).read_bytes()
+        assert run.open is None
 
 
 class TestRun:

@@ -19,6 +19,8 @@ from wisecli.errors import InputError
 from wisecli.models.prompts import PromptEncoder, Row
 from wisecli.models.upper import CapturedRow, UpperModel
 
+LONG = 64  # tokens of a prompt that brings a context of its own
+
 
 @dataclass(frozen=True)
 class CapturedEdit:
@@ -34,13 +36,14 @@ class CapturedEdit:
 
 
 def edit_rows(encoder: PromptEncoder, record: EditRecord, n_contexts: int, seed: int) -> list[Row]:
-    """Token rows of one edit: the prompt, then the prompt behind `n_contexts` different contexts.
+    """Token rows of one edit: the prompt, then, unless it is long, the prompt behind `n_contexts` different contexts.
 
     Contexts are drawn per edit from the built-in pool by a generator of the edit's own, so that an edit's rows do not
     depend on its neighbours in the stream.
     """
     rng = random.Random(f"{seed}|{record.id}")
-    before = rng.sample(context_pool(), n_contexts)
+    long = len(encoder.prompt(record.prompt)) > LONG
+    before = [] if long else rng.sample(context_pool(), n_contexts)
     try:
         return [
             encoder.pair(text, record.target) for text in (record.prompt, *(f"{c} {record.prompt}" for c in before))

@@ -22,12 +22,14 @@ class EditConfig:
         mask_density: share of trainable entries per shard (rho).
         seed: of masks, context choice and minibatches.
         schedule: "rehearsal" (default) or "published", the paper's one-edit-after-the-other SGD.
-        contexts: how many short sentences are put before each prompt, so that an edit holds in context.
+        contexts: how many short sentences are put before each prompt, so that an edit holds in context; none before
+            prompts of more than 64 tokens, which are context themselves.
         block: edits that arrive together (rehearsal only).
         max_steps: cap on the steps of each block of edits and, for every ten edits, of going over all of them again;
             learning stops earlier when everything holds. For the published schedule, the steps of each edit.
         lr: step size; for rehearsal in units of (|a W^T| / |a|)^2, so that it fits any scale; absolute for published.
         rows: rows per step (rehearsal).
+        tokens: tokens per step at most, so that long rows take no longer; at least two rows are taken (rehearsal).
         dropout: share of the FFN activations dropped at random in each step, so that an edit rests on many of them and
             carries over to other wordings (rehearsal).
         confidence: a row is learned when every target token has at least this probability.
@@ -48,6 +50,7 @@ class EditConfig:
     max_steps: int = 70
     lr: float | None = None
     rows: int = 32
+    tokens: int = 2048
     dropout: float = 0.5
     confidence: float = 0.95
     margins: tuple[float, float, float] = (0.1, 0.4, 0.2)
@@ -58,7 +61,7 @@ class EditConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise UsageError(f"Unknown schedule {self.schedule!r}.", hint=f"Use {' or '.join(SCHEDULES)}.")
-        for name in ("shards", "block", "max_steps", "rows", "rank"):
+        for name in ("shards", "block", "max_steps", "rows", "tokens", "rank"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
         most = len(contexts())

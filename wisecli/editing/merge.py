@@ -8,8 +8,8 @@ merged delta's reaction to every edit, hence the base. Without a base both steps
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,76 +19,108 @@ from wisecli.data.pool import ordinary_prompts
 from wisecli.data.records import EditRecord
 from wisecli.editing.batch import CapturedEdit, capture_edits
 from wisecli.editing.config import EditConfig
-from wisecli.editing.rehearsal import Rehearsal
-from wisecli.editing.run import FAILED, SUPERSEDED, TOOK
+from wisecli.editing.editor import FAILED, SUPERSEDED, TOOK
+from wisecli.editing.rehearsal import Rehearsal, batches
 from wisecli.errors import BaseMismatch, InputError, UsageError
 from wisecli.memory.bits import SparseDelta
 from wisecli.memory.calibration import Calibration, activation_threshold, key_threshold
 from wisecli.memory.indicator import activation_indicator
 from wisecli.memory.keys import KeyStore
 from wisecli.memory.merge import METHODS, merge_deltas
-from wisecli.memory.shard import RunFolder, Shard
+from wisecli.memory.shard import Gate, RunFolder, Shard
 from wisecli.memory.side_memory import EditEntry, Memory, SideMemory
 from wisecli.models.base import Base, matches
-from wisecli.models.prompts import PromptEncoder, Row
+from wisecli.models.prompts import ContentRule, PromptEncoder, Row
+from wisecli.models.site import EditSite
 from wisecli.models.upper import UpperModel
 from wisecli.versions import versions
 
-_BATCH = 128
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """How shards become one memory.
+
+    Attributes:
+        method, weights: see `merge_deltas`.
+        density: share of each shard's *trained* entries that trimming or dropping keeps.
+        rehearse: restore the edits that merging disturbed; needs the base and the texts of the edits, and is left out
+            for the published schedule.
+        values: dtype in which the merged delta is stored.
+    """
+
+    method: str = "ties"
+    density: float = 1.0
+    weights: Sequence[float] | None = None
+    rehearse: bool = True
+    values: torch.dtype = torch.bfloat16
 
 
-def merge_run(
-    run: RunFolder,
-    *,
-    method: str = "ties",
-    density: float = 1.0,
-    weights: Sequence[float] | None = None,
-    base: Base | None = None,
-    rehearse: bool = True,
-    values: torch.dtype = torch.bfloat16,
-) -> SideMemory:
+def merge_run(run: RunFolder, *, base: Base | None = None, **options: Any) -> SideMemory:
     """Merge all shards of a run into a side memory with one memory.
 
     Args:
         run: a finished run folder.
-        method, weights: see `merge_deltas`.
-        density: share of each shard's *trained* entries that trimming or dropping keeps.
         base: the run's base, to rehearse and to calibrate the activation router; None leaves both out.
-        rehearse: restore the edits that merging disturbed; needs the texts of the edits, and is left out for the
-            published schedule.
-        values: dtype in which the merged delta is stored.
+        options: fields of `MergeConfig`.
 
     Raises:
         InputError: the run is unfinished or damaged.
         BaseMismatch: the base given is not the run's.
     """
-    shards = run.shards()
-    config = EditConfig.from_json(run.run["config"])
-    share = density * config.mask_density if METHODS[_known(method)].trim and 0 < density < 1 else density
-    merged = merge_deltas([s.delta.dense() for s in shards], method, density=share, weights=weights, seed=config.seed)
-    upper = _upper(run, base, config) if base is not None else None
-    delta, entries, steps = _settle(upper, run, config, merged, _entries(shards), rehearse, values)
-    keys = _keys(run, shards)
+    upper = _upper(run, base, EditConfig.from_json(run.run["config"])) if base is not None else None
+    try:
+        return merge_shards(run.shards(), run.gate(), run.run, upper=upper, how=MergeConfig(**options))
+    except InputError as e:
+        raise InputError(f"{run.path}: {e.message}", hint=e.hint, problems=e.problems) from e
+
+
+def merge_shards(
+    shards: Sequence[Shard],
+    gate: Gate,
+    run: Mapping[str, Any],
+    *,
+    upper: UpperModel | None = None,
+    how: MergeConfig | None = None,
+) -> SideMemory:
+    """Merge shards of one run, all of them or those there are so far.
+
+    Args:
+        shards: in order.
+        gate: of the run.
+        run: the run's description, as run.json holds it.
+        upper: the upper part of the run's base, to rehearse and to calibrate the activation router.
+
+    Raises:
+        InputError: no shard holds a learned edit.
+    """
+    how = how or MergeConfig()
+    config = EditConfig.from_json(run["config"])
+    trims = METHODS[_known(how.method)].trim and 0 < how.density < 1
+    share = how.density * config.mask_density if trims else how.density
+    deltas = [s.delta.dense() for s in shards]
+    merged = merge_deltas(deltas, how.method, density=share, weights=how.weights, seed=config.seed)
+    delta, entries, steps = _settle(upper, run, config, merged, _entries(shards), how)
+    keys = _keys(gate, shards)
     if not len(keys.owner):
-        raise InputError(f"{run.path} holds no learned edit.", hint="Run wise edit again with other edits.")
-    epsilon, statistics = _calibrate_keys(run, shards, keys)
+        raise InputError("there is no learned edit.", hint="Run wise edit again with other edits.")
+    epsilon, statistics = _calibrate_keys(gate, shards, keys)
     if upper is not None:
         activation = _calibrate_activation(upper, config, entries, delta.dense())
         if activation is not None:
             epsilon["activation"], statistics["activation"] = activation.epsilon, activation.statistics
     origin = {
-        "method": method,
-        "density": density,
-        "weights": list(weights) if weights is not None else None,
+        "method": how.method,
+        "density": how.density,
+        "weights": list(how.weights) if how.weights is not None else None,
         "seed": config.seed,
         "rehearsed": steps is not None,
         "rehearsal_steps": steps or 0,
         "shards": [{"index": s.index, "mask_seed": s.mask_seed, "edits": len(s.edits)} for s in shards],
     }
     return SideMemory(
-        base=run.run["base"],
-        site=run.site,
-        rule=run.rule,
+        base=run["base"],
+        site=EditSite(**run["site"]),
+        rule=ContentRule.from_json(run["content_rule"]),
         memories=(Memory(delta, epsilon, tuple(e.id for e in entries), origin),),
         keys=keys,
         edits=entries,
@@ -102,12 +134,11 @@ def merge_run(
 
 def _settle(
     upper: UpperModel | None,
-    run: RunFolder,
+    run: Mapping[str, Any],
     config: EditConfig,
     merged: Tensor,
     entries: tuple[EditEntry, ...],
-    rehearse: bool,
-    values: torch.dtype,
+    how: MergeConfig,
 ) -> tuple[SparseDelta, tuple[EditEntry, ...], int | None]:
     """Rehearse the merged delta where that is wanted and possible, pack it, and ask every edit again.
 
@@ -115,14 +146,14 @@ def _settle(
     together, None when nothing was rehearsed.
     """
     steps = None
-    if upper is None or not run.run["texts"]:
-        return SparseDelta.pack(merged, dtype=values), entries, steps
+    if upper is None or not run["texts"]:
+        return SparseDelta.pack(merged, dtype=how.values), entries, steps
     captured = _capture(upper, config, entries)
-    if captured and rehearse and config.schedule == "rehearsal":
+    if captured and how.rehearse and config.schedule == "rehearsal":
         learner = Rehearsal(upper, merged != 0, config, config.seed, start=merged)
         steps = sum(o.steps for o in learner.hold(captured))
         merged = learner.result().cpu()
-    delta = SparseDelta.pack(merged, dtype=values)
+    delta = SparseDelta.pack(merged, dtype=how.values)
     return delta, _asked_again(upper, captured, delta.dense(), entries), steps
 
 
@@ -170,11 +201,11 @@ def _asked_again(
     rows = [e.rows[0] for e in captured]
     delta = delta.to(upper.model.device)
     took: dict[str, bool] = {}
-    for at in range(0, len(rows), _BATCH):
-        some = rows[at : at + _BATCH]
+    for picked in batches([len(r.ids) for r in rows]):
+        some = [rows[i] for i in picked]
         logits, targets = upper.logits(some, delta)
         right = (logits.argmax(-1) == targets).split([int((r.labels != -100).sum()) for r in some])
-        took |= {e.record.id: bool(x.all()) for e, x in zip(captured[at : at + _BATCH], right, strict=True)}
+        took |= {captured[i].record.id: bool(x.all()) for i, x in zip(picked, right, strict=True)}
     return tuple(
         replace(e, took=took[e.id], details={**e.details, "outcome": TOOK if took[e.id] else FAILED})
         if e.id in took
@@ -183,7 +214,7 @@ def _asked_again(
     )
 
 
-def _keys(run: RunFolder, shards: Sequence[Shard]) -> KeyStore:
+def _keys(gate: Gate, shards: Sequence[Shard]) -> KeyStore:
     """One key per learned edit: its bare prompt's. The other forms only calibrate."""
     owners, vectors, seen = [], [], 0
     for shard in shards:
@@ -191,7 +222,7 @@ def _keys(run: RunFolder, shards: Sequence[Shard]) -> KeyStore:
         owners.append(shard.owner[first] + seen)
         vectors.append(shard.keys[first])
         seen += len(shard.edits)
-    return KeyStore(run.gate().whitening, torch.cat(vectors), torch.cat(owners))
+    return KeyStore(gate.whitening, torch.cat(vectors), torch.cat(owners))
 
 
 def _first_of_each(owner: Tensor) -> Tensor:
@@ -201,15 +232,13 @@ def _first_of_each(owner: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.long), (owner[1:] != owner[:-1]).nonzero()[:, 0] + 1])
 
 
-def _calibrate_keys(run: RunFolder, shards: Sequence[Shard], keys: KeyStore) -> tuple[dict[str, float], dict[str, Any]]:
+def _calibrate_keys(gate: Gate, shards: Sequence[Shard], keys: KeyStore) -> tuple[dict[str, float], dict[str, Any]]:
     vectors = keys.keys.float()
-    pool, hard = run.gate().pool.float(), torch.cat([s.negatives for s in shards]).float()
+    pool, hard = gate.pool.float(), torch.cat([s.negatives for s in shards]).float()
     about = {i for s in shards for i in s.details.get("pool_about_edits", ())}
     ordinary = pool[[i for i in range(len(pool)) if i not in about]]
     inside = torch.cat([_own_scores(s.keys.float(), s.owner) for s in shards])
-    likeness = pool @ pool.T
-    neighbours = likeness.fill_diagonal_(-1.0).max(1).values
-    calibration = key_threshold(_nearest(ordinary, vectors), neighbours, _nearest(hard, vectors), inside)
+    calibration = key_threshold(_nearest(ordinary, vectors), gate.neighbours, _nearest(hard, vectors), inside)
     return {"key": calibration.epsilon}, {"key": calibration.statistics}
 
 

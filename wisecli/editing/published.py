@@ -42,22 +42,41 @@ class Published:
         pool = upper.capture([upper.encoder.prompt(p) for p in ordinary_prompts()[:64]])
         self.scale = float(layer_scale(*_stack(pool), weight.float()).median())
         self.pool = pool
+        self.edits: list[CapturedEdit] = []
+        self.steps: list[int] = []
 
     def learn(self, edits: Sequence[CapturedEdit]) -> Generator[int, None, list[Outcome]]:
         """Learn edits in order; yields how many are done, returns one outcome per edit at the end of the stream."""
-        steps = []
         for i, edit in enumerate(edits):
-            text = edit.record.irrelevant
-            other = (
-                self.upper.capture([self.upper.encoder.prompt(text[0])])[0] if text else self.pool[i % len(self.pool)]
-            )
-            steps.append(self._edit(edit, other))
+            self.arrive([edit])
             yield i + 1
-        return [self._outcome(e, n) for e, n in zip(edits, steps, strict=True)]
+        return self.outcomes()
+
+    def arrive(self, block: Sequence[CapturedEdit]) -> None:
+        """Learn edits, one after the other."""
+        for edit in block:
+            self.steps.append(self._edit(edit, self._irrelevant(edit, len(self.steps))))
+            self.edits.append(edit)
+
+    def replace(self, i: int, edit: CapturedEdit) -> None:
+        """Learn an edit that contradicts the i-th, which then no longer counts."""
+        self.steps[i] = self._edit(edit, self._irrelevant(edit, i))
+        self.edits[i] = edit
+
+    def outcomes(self) -> list[Outcome]:
+        """How it went for each edit that has arrived, asked again now."""
+        return [self._outcome(e, n) for e, n in zip(self.edits, self.steps, strict=True)]
 
     def result(self) -> Tensor:
         """The delta [D, F], exactly zero outside the mask."""
         return self.delta.detach() * self.mask
+
+    def _irrelevant(self, edit: CapturedEdit, i: int) -> CapturedRow:
+        """x_i of eq. 5: the record's own irrelevant text, else an ordinary prompt."""
+        text = edit.record.irrelevant
+        if text:
+            return self.upper.capture([self.upper.encoder.prompt(text[0])])[0]
+        return self.pool[i % len(self.pool)]
 
     def _edit(self, edit: CapturedEdit, other: CapturedRow) -> int:
         optimiser = torch.optim.SGD([self.delta], lr=self.config.lr or DEFAULT_LR)

@@ -13,8 +13,9 @@ a merged delta, restores what merging disturbed (`hold`).
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,9 @@ from wisecli.models.upper import CapturedRow, UpperModel
 
 DEFAULT_LR = 0.4
 MOMENTUM = 0.9
-_SWEEP = 128  # rows per batch when nothing is differentiated
+_SWEEP, _SWEEP_TOKENS = 128, 8192  # rows and tokens per batch at most when nothing is differentiated
 _ROUND = 6  # least number of steps between two sweeps
+_SHORT = 8  # tokens of a target up to which the loss is a plain mean over all tokens of a step
 _PATIENCE = 5  # sweeps without a new best before practising is given up
 
 
@@ -74,6 +76,7 @@ class Rehearsal:
         self.worst = torch.empty(0)
         self.right = torch.empty(0, dtype=torch.bool)
         self.steps: list[int] = []
+        self.firsts: list[int] = []
 
     def learn(self, edits: Sequence[CapturedEdit]) -> Generator[int, None, list[Outcome]]:
         """Learn edits in blocks, in order, then go over all until each holds or the cap is reached.
@@ -82,14 +85,36 @@ class Rehearsal:
         """
         for at in range(0, len(edits), self.config.block):
             block = edits[at : at + self.config.block]
-            self._arrive(block)
+            self.arrive(block)
             yield at + len(block)
-        return self._finish(len(edits))
+        return self._finish()
 
     def hold(self, edits: Sequence[CapturedEdit]) -> list[Outcome]:
         """Practise edits that were learned before, until each holds or the cap is reached."""
         self._admit(edits)
-        return self._finish(len(edits))
+        return self._finish()
+
+    def arrive(self, block: Sequence[CapturedEdit]) -> None:
+        """Learn edits that arrive together, keeping the earlier ones alive."""
+        first = self._admit(block)
+        self._practise(first, len(self.rows), first)
+
+    def replace(self, i: int, edit: CapturedEdit) -> None:
+        """Learn an edit in the place of the i-th, which it contradicts: that one is no longer rehearsed.
+
+        It has as many rows as the one it replaces.
+        """
+        first = self.firsts[i]
+        end = first + len(edit.rows)
+        self.rows[first:end] = edit.rows
+        self.worst[first:end] = torch.inf
+        self.right[first:end] = False
+        self._practise(first, end, len(self.rows))
+
+    def outcomes(self) -> list[Outcome]:
+        """How learning went for each edit that has arrived, as last seen."""
+        worst, right = self.worst.tolist(), self.right.tolist()
+        return [Outcome(right[r], steps, worst[r]) for r, steps in zip(self.firsts, self.steps, strict=True)]
 
     def result(self) -> Tensor:
         """The delta [D, F], exactly zero outside the mask."""
@@ -97,11 +122,10 @@ class Rehearsal:
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def _finish(self, n: int) -> list[Outcome]:
-        self._consolidate(cap=math.ceil(self.config.max_steps * n / 10))
+    def _finish(self) -> list[Outcome]:
+        self._consolidate(cap=math.ceil(self.config.max_steps * len(self.steps) / 10))
         self._sweep(range(len(self.rows)))
-        firsts = [self.owner.index(i) for i in range(n)]
-        return [Outcome(bool(self.right[r]), self.steps[i], float(self.worst[r])) for i, r in enumerate(firsts)]
+        return self.outcomes()
 
     def _admit(self, edits: Sequence[CapturedEdit]) -> int:
         """Take rows in as not yet held; returns the index of the first."""
@@ -109,6 +133,7 @@ class Rehearsal:
             self._set_step(edits)
         first = len(self.rows)
         for edit in edits:
+            self.firsts.append(len(self.rows))
             self.steps.append(0)
             self.rows += edit.rows
             self.owner += [len(self.steps) - 1] * len(edit.rows)
@@ -130,13 +155,13 @@ class Rehearsal:
         for group in self.optimiser.param_groups:
             group["lr"] = (self.config.lr or DEFAULT_LR) * unit
 
-    def _arrive(self, block: Sequence[CapturedEdit]) -> None:
-        first = self._admit(block)
+    def _practise(self, first: int, end: int, before: int) -> None:
+        """Step until rows [first, end) hold, mixing in rows before `before`; at most `max_steps` times."""
         for _ in range(self.config.max_steps):
-            pending = self._pending(first)
+            pending = self._pending(first, end)
             if not len(pending):
                 break
-            self._step(self._choose(pending, self.config.rows * 3 // 4, first))
+            self._step(self._within_budget(self._choose(pending, self.config.rows * 3 // 4, before)))
 
     def _consolidate(self, cap: int) -> None:
         """Sweep the whole shard and practise what does not hold.
@@ -152,15 +177,15 @@ class Rehearsal:
             if not len(pending) or stale >= _PATIENCE:
                 return
             for _ in range(max(_ROUND, math.ceil(2 * len(pending) / self.config.rows))):
-                self._step(self._choose(pending, self.config.rows // 2, len(self.rows)))
+                self._step(self._within_budget(self._choose(pending, self.config.rows // 2, len(self.rows))))
                 spent += 1
                 pending = self._pending()
                 if not len(pending):
                     break
 
-    def _pending(self, first: int = 0) -> Tensor:
-        """Rows from `first` on that did not hold when last seen."""
-        return (~(self.worst[first:] <= self.limit)).nonzero()[:, 0] + first
+    def _pending(self, first: int = 0, end: int | None = None) -> Tensor:
+        """Rows in [first, end) that did not hold when last seen."""
+        return (~(self.worst[first:end] <= self.limit)).nonzero()[:, 0] + first
 
     def _choose(self, pending: Tensor, share: int, before: int) -> list[int]:
         """Up to `share` pending rows, the rest drawn from rows before `before`, those least well held more often."""
@@ -174,13 +199,28 @@ class Rehearsal:
         drawn = torch.multinomial(weight, others, generator=self.generator) if others else order[:0]
         return torch.cat([order, drawn]).tolist()
 
+    def _within_budget(self, picked: list[int]) -> list[int]:
+        """The rows that fit `tokens`, pending and earlier ones in turn; two at least."""
+        pending = [i for i in picked if self.worst[i] > self.limit]
+        earlier = [i for i in picked if self.worst[i] <= self.limit]
+        out: list[int] = []
+        spent = 0
+        for i in (i for pair in zip_longest(pending, earlier) for i in pair if i is not None):
+            spent += len(self.rows[i].ids)
+            if spent > self.config.tokens and len(out) > 1:
+                break
+            out.append(i)
+        return out if len(out) < len(picked) else picked
+
     def _step(self, picked: list[int]) -> None:
         rows = [self._dropped(self.rows[i]) for i in picked]
         logits, targets = self.upper.logits(rows, self.delta)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         self._note(picked, rows, losses.detach(), logits.detach().argmax(-1) == targets)
         self.optimiser.zero_grad()
-        losses.mean().backward()
+        # A plain mean would move each token of a long target by next to nothing.
+        length = len(losses) / len(rows)
+        (losses.mean() * max(1.0, math.sqrt(length / _SHORT))).backward()
         self.delta.grad.mul_(self.mask)  # type: ignore[union-attr]
         self.optimiser.step()
         for edit in {self.owner[i] for i in picked}:
@@ -196,8 +236,8 @@ class Rehearsal:
 
     @torch.no_grad()
     def _sweep(self, which: Sequence[int]) -> None:
-        for at in range(0, len(which), _SWEEP):
-            picked = list(which[at : at + _SWEEP])
+        for picked in batches([len(self.rows[i].ids) for i in which]):
+            picked = [which[k] for k in picked]
             rows = [self.rows[i] for i in picked]
             logits, targets = self.upper.logits(rows, self.delta)
             losses = F.cross_entropy(logits.float(), targets, reduction="none")
@@ -208,3 +248,17 @@ class Rehearsal:
         counts = [int((r.labels != -100).sum()) for r in rows]
         self.worst[picked] = torch.stack([x.max() for x in losses.cpu().split(counts)])
         self.right[picked] = torch.stack([x.all() for x in right.cpu().split(counts)])
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Positions of rows of these lengths, in batches that fit memory when nothing is differentiated."""
+    picked: list[int] = []
+    spent = 0
+    for i, length in enumerate(lengths):
+        if picked and (len(picked) == _SWEEP or spent + length > _SWEEP_TOKENS):
+            yield picked
+            picked, spent = [], 0
+        picked.append(i)
+        spent += length
+    if picked:
+        yield picked

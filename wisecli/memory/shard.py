@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ class Gate:
 
     whitening: Whitening
     pool: Tensor
+
+    @cached_property
+    def neighbours(self) -> Tensor:
+        """Largest cosine of each ordinary prompt with another one [P]."""
+        pool = self.pool.float()
+        return (pool @ pool.T).fill_diagonal_(-1.0).max(1).values
 
     def save(self, path: Path) -> None:
         tensors = {"mean": self.whitening.mean, "projection": self.whitening.projection, "pool": self.pool}

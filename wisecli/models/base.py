@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 DEMO_BASE = "wise-demo"
 _DEMO_PATH = Path(__file__).resolve().parent.parent / "base"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PROVENANCE = ("architectures", "dtype", "transformers_version")  # the tensors tell their dtype
 _FINGERPRINT_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -40,6 +44,27 @@ class Base:
     @property
     def label(self) -> str:
         return f"{self.name}@{self.revision[:12]}" if self.revision else self.name
+
+    @cached_property
+    def digest(self) -> str | None:
+        """SHA-256 of all weights as loaded, the configs and the tokenizer; None where weights are not at hand."""
+        tensors = dict(sorted(self.model.state_dict().items()))
+        if any(t.is_meta for t in tensors.values()):
+            return None
+        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+            digests = pool.map(_digest, tensors.values())
+            parts = (f"{k} {t.dtype} {list(t.shape)} {d}" for (k, t), d in zip(tensors.items(), digests, strict=True))
+            digest = hashlib.sha256("\n".join(parts).encode())
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        content = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
+        for state in ("padding", "truncation"):  # left behind by the last call, whoever made it
+            content.pop(state, None)
+        settings = [tokenizer.special_tokens_map, tokenizer.chat_template, _deciding(self.model.config.to_dict())]
+        settings += [_deciding(self.model.generation_config.to_dict())] if self.model.can_generate() else []
+        digest.update(json.dumps(content, sort_keys=True).encode())
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
 
 
 def demo_base_path() -> Path:
@@ -121,6 +146,11 @@ def load_base(
     return Base(model, tokenizer, DEMO_BASE if demo else _name_of(source), commit)
 
 
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what saving and loading write into it."""
+    return {k: v for k, v in config.items() if not k.startswith("_") and k not in _PROVENANCE and v is not None}
+
+
 def _name_of(source: str) -> str:
     """A hub id as it is; a local folder by its full path, so that it is found from anywhere."""
     return str(Path(source).resolve()) if Path(source).is_dir() else source
@@ -179,5 +209,5 @@ def matches(weight: Tensor, recorded: Mapping[str, str]) -> bool:
 
 
 def _digest(t: Tensor) -> str:
-    data: Any = t.detach().contiguous().cpu().view(torch.uint8).numpy()
+    data: Any = t.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()  # view(-1): scalars have no bytes view
     return hashlib.sha256(data).hexdigest()

@@ -110,7 +110,7 @@ class UpperModel:
                 stack.enter_context(self._stubbed(self.site.layer, stream))
                 if delta is not None:
                     stack.enter_context(_hooked(self.ffn, lambda a, y: y + _side(a, delta, y)))
-            stack.enter_context(self._head_at(wanted))
+            stack.enter_context(head_at(self.model, wanted))
             logits = self.model(input_ids=ids, attention_mask=real, use_cache=False).logits
         return logits, labels[:, 1:][wanted]
 
@@ -180,17 +180,6 @@ class UpperModel:
                 else:
                     m.forward = forward
 
-    @contextlib.contextmanager
-    def _head_at(self, wanted: Tensor) -> Iterator[None]:
-        """The LM head sees only the positions that predict a supervised token; `wanted` is [B, T-1]."""
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(
-            lambda m, args: (args[0][:, :-1][wanted], *args[1:])
-        )
-        try:
-            yield
-        finally:
-            handle.remove()
-
     @torch.no_grad()
     def _probe(self) -> None:
         """Learn whether the projection is simply added to the stream, and check that replaying changes nothing."""
@@ -228,6 +217,22 @@ class _Enough(Exception):
 
 def _side(a: Tensor, delta: Tensor, y: Tensor) -> Tensor:
     return F.linear(a.to(delta.dtype), delta).to(y.dtype).view_as(y)
+
+
+@contextlib.contextmanager
+def head_at(model: Any, wanted: Tensor) -> Iterator[None]:
+    """Within it the LM head sees only the positions that predict a supervised token, and logits are [n, V].
+
+    Args:
+        wanted: [B, T-1], position t-1 predicting token t; n of them are true.
+    """
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda m, args: (args[0][:, :-1][wanted], *args[1:])
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -138,6 +138,11 @@ class Attached:
         finally:
             self._override.reset(token)
 
+    @property
+    def overridden(self) -> bool:
+        """Whether routes are being set from outside."""
+        return self._override.get() is not None
+
     @contextlib.contextmanager
     def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> Iterator[None]:
         """Say how many tokens of each row are its prompt, so that what follows takes no part in the decision.

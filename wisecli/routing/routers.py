@@ -9,9 +9,10 @@ Shapes: `B` rows, `T` tokens, `F` FFN width, `M` memories.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from math import isfinite, nan
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -71,6 +72,18 @@ class Route:
     @property
     def routed(self) -> bool:
         return self.memory is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an indicator that was not computed, or a threshold at infinity, is null."""
+        pairs = (("indicator", self.indicator), ("epsilon", self.epsilon))
+        numbers = {name: value if isfinite(value) else None for name, value in pairs}
+        return {"memory": self.memory, **numbers, "nearest_edit": self.edit}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Route:
+        """The route that `to_json` wrote."""
+        indicator, epsilon = (nan if data[k] is None else data[k] for k in ("indicator", "epsilon"))
+        return cls(data["memory"], indicator, epsilon, data["nearest_edit"])
 
 
 class Router(Protocol):

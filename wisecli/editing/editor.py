@@ -1,0 +1,215 @@
+"""What every shard of a run shares, and a shard while it is being learned.
+
+`Editor` holds a base, a config and what follows from them: edit site, the base's upper part, the whitened ordinary
+prompts. `OpenShard` takes edits in as they arrive and can be read off at any time as the shard it would be if the
+stream ended now. Nothing here touches the disk: `run` writes shards into a folder, `merge` makes side memories of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wisecli.data.pool import ordinary_prompts
+from wisecli.data.records import EditRecord
+from wisecli.data.stream import EditStream
+from wisecli.editing.batch import CapturedEdit, capture_edits
+from wisecli.editing.config import EditConfig
+from wisecli.editing.negatives import about_edits, hard_negatives
+from wisecli.editing.published import Published
+from wisecli.editing.rehearsal import Outcome, Rehearsal
+from wisecli.memory.bits import SparseDelta, draw_mask
+from wisecli.memory.keys import Whitening
+from wisecli.memory.shard import FORMAT_VERSION, RUN_FORMAT, Gate, Shard
+from wisecli.models.base import Base, fingerprint
+from wisecli.models.prompts import PromptEncoder
+from wisecli.models.site import find_site
+from wisecli.models.upper import UpperModel
+from wisecli.versions import versions
+
+TOOK, FAILED, SUPERSEDED = "took", "failed", "superseded"
+
+
+class Editor:
+    """A base made ready to be edited under one config.
+
+    Args:
+        base: loaded base; only read.
+        config: of the run.
+        extra_pool: more ordinary prompts to whiten and calibrate on.
+        texts: keep prompts and targets in the shards; ids alone otherwise.
+    """
+
+    def __init__(self, base: Base, config: EditConfig, *, extra_pool: Sequence[str] = (), texts: bool = True) -> None:
+        self.base, self.config, self.texts = base, config, texts
+        self.encoder = PromptEncoder(base.tokenizer, chat=config.chat)
+        self.site = find_site(base.model, config.layer, config.module)
+        self.upper = UpperModel(base.model, self.site, self.encoder)
+        self.pool = tuple(dict.fromkeys([*ordinary_prompts(), *extra_pool]))
+        self._vectors: dict[str, Tensor] = {}
+
+    @cached_property
+    def gate(self) -> Gate:
+        """Whitening of the layer, and the whitened ordinary prompts."""
+        captured = self.upper.capture([self.encoder.prompt(p) for p in self.pool])
+        a = torch.stack([r.last for r in captured])
+        whitening = Whitening.fit(a, self.config.rank)
+        return Gate(whitening, whitening(a).half().cpu())
+
+    def whitened(self, prompts: Sequence[str]) -> Tensor:
+        """Whitened unit vectors [n, r] (fp16) of prompts; a prompt seen before is not run again."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._vectors]
+        if new:
+            captured = self.upper.capture([self.encoder.prompt(p) for p in new])
+            vectors = self.gate.whitening(torch.stack([r.last for r in captured])).half().cpu()
+            self._vectors |= zip(new, vectors, strict=True)
+        rank = self.gate.whitening.rank
+        kept = [self._vectors[p] for p in prompts]
+        return torch.stack(kept) if kept else torch.zeros(0, rank, dtype=torch.float16)
+
+    def capture(self, records: Sequence[EditRecord]) -> list[CapturedEdit]:
+        """Edits run through the frozen part, once.
+
+        Raises:
+            InputError: a record does not fit the base's context.
+        """
+        limit = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
+        return capture_edits(self.upper, records, self.config.contexts, self.config.seed, limit)
+
+    def open(self, index: int, stream: EditStream) -> OpenShard:
+        """A new, empty shard; no prompt of the stream, edit or probe, will serve as one of its negatives."""
+        return OpenShard(self, index, every_prompt(stream))
+
+    def learn(self, stream: EditStream) -> list[Shard]:
+        """The shards of a whole stream, in memory."""
+        shards = []
+        for index, records in enumerate(slices(stream.records, self.config.shards)):
+            shard = self.open(index, stream)
+            for _ in shard.learn(records, stream.superseded):
+                pass
+            shards.append(shard.shard())
+        return shards
+
+    def describe(self, stream: EditStream) -> dict[str, Any]:
+        """The content of run.json: all that decides the bytes of the shards."""
+        model = self.base.model
+        return {
+            "format": RUN_FORMAT,
+            "format_version": FORMAT_VERSION,
+            "base": {
+                "name": self.base.name,
+                "revision": self.base.revision,
+                "model_type": model.config.model_type,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "fingerprint": self._fingerprint,
+            },
+            "site": asdict(self.site),
+            "content_rule": self.encoder.rule.to_json(),
+            "config": self.config.to_json(),
+            "n_shards": self.config.shards,
+            "stream": {"digest": stream.digest, "edits": len(stream.records), "format": stream.format},
+            "pool": hashlib.sha256("\n".join(self.pool).encode()).hexdigest(),
+            "texts": self.texts,
+            "versions": versions(),
+        }
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        return fingerprint(self.site.module(self.base.model).weight.detach())
+
+
+class OpenShard:
+    """One shard in the making.
+
+    Args:
+        editor: what it shares with the others.
+        index: position of its slice in the stream, from 0; decides its mask and its seed.
+        exclude: prompts that must not become negatives.
+    """
+
+    def __init__(self, editor: Editor, index: int, exclude: Collection[str] = ()) -> None:
+        self.editor, self.index, self.exclude = editor, index, exclude
+        config, site = editor.config, editor.site
+        self.seed = config.mask_seed(index)
+        self.mask = draw_mask((site.d_out, site.d_in), config.mask_density, self.seed)
+        learner = Published if config.schedule == "published" else Rehearsal
+        self.learner = learner(editor.upper, self.mask, config, self.seed)
+        self.records: list[EditRecord] = []
+        self.captured: list[CapturedEdit] = []
+
+    def learn(self, records: Sequence[EditRecord], superseded: Collection[str] = ()) -> Iterator[int]:
+        """Learn a whole slice, block by block, yielding how many of its records have arrived."""
+        places = [i for i, r in enumerate(records) if r.id not in superseded]
+        captured = self.editor.capture([records[i] for i in places])
+        for arrived in self.learner.learn(captured):
+            here = places[arrived - 1] + 1
+            self.records, self.captured = list(records[:here]), captured[:arrived]
+            yield here
+        self.records = list(records)
+
+    def arrive(self, record: EditRecord) -> None:
+        """Learn one more edit, whenever it comes. One with the prompt of an earlier edit takes its place."""
+        (edit,) = self.editor.capture([record])
+        place = next((i for i, e in enumerate(self.captured) if e.record.prompt == record.prompt), None)
+        if place is None:
+            self.learner.arrive([edit])
+            self.captured.append(edit)
+        else:
+            self.learner.replace(place, edit)
+            self.captured[place] = edit
+        self.records.append(record)
+
+    def shard(self) -> Shard:
+        """The shard as it stands."""
+        editor, live = self.editor, [e.record for e in self.captured]
+        outcomes = {e.record.id: o for e, o in zip(self.captured, self.learner.outcomes(), strict=True)}
+        keys = {e.record.id: editor.gate.whitening(e.key_activations).half().cpu() for e in self.captured}
+        mine = [keys[r.id] for r in self.records if r.id in keys]
+        counts = [len(keys.get(r.id, ())) for r in self.records]
+        near = hard_negatives(live, seed=editor.config.seed, exclude=self.exclude)
+        return Shard(
+            index=self.index,
+            delta=SparseDelta.pack(self.learner.result(), self.mask),
+            mask_seed=self.seed,
+            keys=torch.cat(mine) if mine else torch.zeros(0, editor.gate.whitening.rank, dtype=torch.float16),
+            owner=torch.repeat_interleave(torch.arange(len(self.records)), torch.tensor(counts, dtype=torch.long)),
+            negatives=editor.whitened(near),
+            edits=tuple(self._entry(r, outcomes) for r in self.records),
+            details={
+                "mask_density": editor.config.mask_density,
+                "schedule": editor.config.schedule,
+                "pool_about_edits": about_edits(editor.pool, self.records),
+            },
+        )
+
+    def _entry(self, record: EditRecord, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+        entry: dict[str, Any] = {"id": record.id}
+        if self.editor.texts:
+            entry |= {"prompt": record.prompt, "target": record.target}
+            entry |= {"subject": record.subject} if record.subject else {}
+        outcome = outcomes.get(record.id)
+        if outcome is None:
+            return entry | {"outcome": SUPERSEDED, "steps": 0}
+        return entry | {
+            "outcome": TOOK if outcome.took else FAILED,
+            "steps": outcome.steps,
+            "loss": round(outcome.loss, 4),
+        }
+
+
+def every_prompt(stream: EditStream) -> set[str]:
+    """Every prompt of a stream: edits, rephrases and probes."""
+    return {text for r in stream.records for text in (r.prompt, *r.rephrases, *(p.prompt for p in r.locality))}
+
+
+def slices(records: Sequence[EditRecord], n: int) -> list[Sequence[EditRecord]]:
+    """`n` consecutive slices whose sizes differ by at most one."""
+    bounds = [len(records) * i // n for i in range(n + 1)]
+    return [records[a:b] for a, b in pairwise(bounds)]
