@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from wisecli.cli._output import Output, short
 from wisecli.cli.app import main
 from wisecli.cli.eval import _warn_endless
 from wisecli.cli.merge import _warn_open
+from wisecli.data.pool import ordinary_prompts
 from wisecli.data.stream import read_edits
 
 EDITS = Path(__file__).parents[1] / "examples" / "edits.jsonl"
@@ -60,7 +62,7 @@ def _timed(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - start, done.stderr
 
 
-@pytest.mark.parametrize("command", ["edit", "merge", "package", "eval", "chat"])
+@pytest.mark.parametrize("command", ["edit", "merge", "package", "eval", "report", "compare", "chat"])
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -289,7 +291,7 @@ def test_the_whole_job(worked: Path, capsys: pytest.CaptureFixture[str]) -> None
     code, out, err = run(capsys, "eval", "-d", EDITS, "--limit", "12", "-s", sm, "--json")
     assert code == 0, err
     report = json.loads(out)
-    assert report["protocol"] == "end-of-stream"
+    assert report["protocol"]["name"] == "end-of-stream"
     assert report["scores"]["rel"]["exact"]["before"] < 0.2
     assert report["scores"]["rel"]["exact"]["after"] >= 0.9
     assert report["scores"]["gen"]["exact"]["after"] >= 0.6
@@ -373,6 +375,267 @@ def test_quiet_prints_only_the_path(worked: Path, tmp_path: Path, capsys: pytest
     code, stdout, _ = run(capsys, "merge", worked / "shards", "-o", out, "-q")
     assert code == 0
     assert stdout.strip() == str(out)
+
+
+# -- wise eval, on a tiny base -----------------------------------------------------------------------------------------
+
+TINY = [
+    {
+        "id": f"t{i}",
+        "prompt": f"The capital of {name} is",
+        "target": f"w{i}",
+        "subject": name,
+        "rephrases": [f"when the capital of {name} is"],
+        "locality": [{"prompt": "hello world"}, {"prompt": f"{name} lies", "kind": "same-subject"}],
+    }
+    for i, name in enumerate(("France", "Spain", "Italy", "Norway"))
+]
+QUICK = ("--no-ability", "--device", "cpu")
+
+
+@pytest.fixture
+def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset of four edits; the cache is in a folder of the test, and a few ordinary prompts whiten the base."""
+    monkeypatch.setenv("WISE_CACHE", str(tmp_path / "cache"))
+    for module in ("editor", "merge"):
+        monkeypatch.setattr(f"wisecli.editing.{module}.ordinary_prompts", lambda: ordinary_prompts()[:48])
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in TINY))
+    return path
+
+
+def timeless(document: dict[str, Any]) -> dict[str, Any]:
+    """Results without what differs from run to run, and without the place of the side memory."""
+    out = {k: v for k, v in document.items() if k not in ("timings", "peak_memory")}
+    return out | {"side_memory": {**(out["side_memory"] or {}), "path": None}}
+
+
+def cached(folder: Path) -> int:
+    """Finished batches in the cache below a folder."""
+    return sum(p.read_bytes().count(b"\n") for p in (folder / "answers").glob("*.jsonl"))
+
+
+def test_eval_writes_results_and_report(
+    few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK)
+    code, out, err = run(capsys, *argv, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "results.json"]
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()
+    assert str(tmp_path / "out" / "results.json") in out
+    code, out, err = run(capsys, *argv, "-o", tmp_path / "alone" / "mine.json", "-q")
+    assert (code, out) == (0, f"{tmp_path / 'alone' / 'mine.json'}\n"), err
+    assert [p.name for p in (tmp_path / "alone").iterdir()] == ["mine.json"]
+    written = [json.loads(p.read_text()) for p in (tmp_path / "out" / "results.json", tmp_path / "alone" / "mine.json")]
+    code, out, err = run(capsys, *argv, "--json")
+    assert code == 0, err
+    for document in (*written, json.loads(out)):
+        assert timeless(document) == timeless(written[0])
+    assert written[0]["dataset"]["file"] == "few.jsonl"
+    assert written[0]["base"]["parameters"] > 0
+    code, out, err = run(capsys, *argv, "-o", tmp_path / "out", "-q")
+    assert (code, out) == (0, f"{tmp_path / 'out' / 'results.json'}\n"), err
+    code, _, err = run(capsys, "report", tmp_path / "out" / "results.json", "-o", tmp_path / "again.html", "-q")
+    assert code == 0, err
+
+
+def test_eval_writes_plots_beside_the_results(
+    few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK, "--png", "-o")
+    for out, plots in (("a", "a/plots"), ("b/r.json", "b/plots")):
+        code, _, err = run(capsys, *argv, tmp_path / out)
+        assert code == 0, err
+        made = list((tmp_path / plots).iterdir())
+        assert made
+        assert all(p.read_bytes().startswith(b"\x89PNG") for p in made)
+
+
+@pytest.fixture(scope="session")
+def learned(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that `wise eval --learn` wrote, with a dataset in it."""
+    folder = tmp_path_factory.mktemp("learned")
+    path = folder / "few.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in TINY))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("WISE_CACHE", str(folder / "cache"))
+        for module in ("editor", "merge"):
+            patched.setattr(f"wisecli.editing.{module}.ordinary_prompts", lambda: ordinary_prompts()[:48])
+        argv = ["eval", "-d", path, "-m", tiny_model_dir, *QUICK, "--learn", "-o", folder / "out", "-q"]
+        assert main([str(a) for a in argv]) == 0
+    return folder
+
+
+def test_eval_learns_what_edit_and_merge_would(
+    learned: Path, few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {str(p.relative_to(learned / "out")) for p in (learned / "out").rglob("*") if p.is_file()}
+    assert {"results.json", "report.html", "sm.safetensors", "shards/run.json", "shards/ledger.jsonl"} <= names
+    base = ("-m", tiny_model_dir, "--device", "cpu")
+    assert run(capsys, "edit", few, *base, "-o", tmp_path / "shards", "-q")[0] == 0
+    assert run(capsys, "merge", tmp_path / "shards", *base, "-o", tmp_path / "sm.safetensors", "-q")[0] == 0
+    assert (tmp_path / "sm.safetensors").read_bytes() == (learned / "out" / "sm.safetensors").read_bytes()
+    argv = ("eval", "-d", few, "-s", tmp_path / "sm.safetensors", *base, "--no-ability", "--json")
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    results = json.loads((learned / "out" / "results.json").read_text())
+    assert timeless(json.loads(out)) == timeless(results)
+    assert results["scores"]["rel"]["exact"]["after"] is not None
+    assert results["side_memory"]["edits"] == len(TINY)
+
+
+def test_package_takes_the_results_of_eval(learned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = learned / "out"
+    argv = ("package", out / "sm.safetensors", "--eval", out / "results.json", "--no-measure", "-o", tmp_path / "p")
+    code, _, err = run(capsys, *argv)
+    assert code == 0, err
+    assert "Protocol `end-of-stream`; dataset `few" in (tmp_path / "p" / "README.md").read_text()
+    old = json.loads((out / "results.json").read_text()) | {"schema_version": "1.0"}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    code, _, err = run(capsys, *argv[:3], tmp_path / "old.json", "--no-measure", "-o", tmp_path / "q")
+    assert code == 1
+    assert "again with wise eval" in err
+
+
+@pytest.mark.parametrize("protocol", ["fresh", "both"])
+def test_eval_while_learning(
+    protocol: str,
+    learned: Path,
+    few: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK, "--protocol", protocol, "--block", "10", "--json")
+    code, out, err = run(capsys, *argv, "-o", tmp_path / "out")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["protocol"]["name"] == protocol
+    assert (report["fresh"] is None, report["retention"] is None) == ((protocol == "fresh",) * 2)
+    assert (tmp_path / "out" / "sm.safetensors").read_bytes() == (learned / "out" / "sm.safetensors").read_bytes()
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_eval_with_rollbacks_and_wilke_needs_no_folder(
+    few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK, "--json")
+    code, out, err = run(capsys, *argv, "--t", "1,2", "-o", tmp_path / "t.json")
+    assert code == 0, err
+    found = json.loads(out)["rollbacks"]
+    assert [(r["t"], r["groups"], r["identical"]) for r in found] == [(1, 4, True), (2, 2, True)]
+    assert json.loads((tmp_path / "t.json").read_text())["protocol"] == json.loads(out)["protocol"]
+    code, out, err = run(capsys, *argv, "--protocol", "wilke")
+    assert code == 0, err
+    section = json.loads(out)["wilke"]
+    assert section["edited"] == section["checkpoints"][-1] == (len(TINY) - section["left_out"]) // 2
+    code, out, err = run(capsys, *argv[:-1], "--protocol", "wilke")
+    assert code == 0, err
+    assert "WilKE" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--t", "1", "--protocol", "both"), "--protocol"),
+        (("--learn", "-s", "sm.safetensors", "-o", "out"), "--side-memory"),
+        (("--t", "1", "-s", "sm.safetensors"), "--side-memory"),
+        (("--protocol", "wilke", "-s", "sm.safetensors"), "--side-memory"),
+        (("--learn",), "--out"),
+        (("--learn", "-o", "x.json"), "--out"),
+        (("--protocol", "both", "-o", "x.json"), "--out"),
+        (("--protocol", "fresh"), "--out"),
+        (("--protocol", "often"), "often"),
+        (("--t", "1,x"), "1,x"),
+        (("--t", ""), "--t"),
+        (("--t", "0"), "0"),
+        (("--t", "1,9"), "9"),
+        (("--png",), "--out"),
+        (("--t", "1", "--harness", "arc_easy"), "--harness"),
+        (("--batch-size", "0"), "batch-size"),
+        (("--min-rel", "1.5"), "min-rel"),
+    ],
+    ids=" ".join,
+)
+def test_eval_refuses_what_does_not_go_together_before_it_loads_a_base(
+    argv: tuple[str, ...],
+    said: str,
+    few: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("wisecli.models.base.load_base", never)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "eval", "-d", few, *argv, "--json")
+    assert (code, out) == (2, "")
+    error = json.loads(err)
+    assert error["type"] == "UsageError"
+    assert said in f"{error['message']} {error['hint']}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["few.jsonl"]
+
+
+def test_checks_name_all_that_fell_short(
+    few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK, "--json", "-o", tmp_path / "r.json")
+    code, out, err = run(capsys, *argv, "--min-rel", "0.9", "--min-gen", "0.5", "--min-loc", "1")
+    assert code == 3
+    error = json.loads(err)
+    assert error["message"] == "reliability is 0.000, below 0.9; generalization is 0.000, below 0.5."
+    assert json.loads(out)["scores"] == json.loads((tmp_path / "r.json").read_text())["scores"]
+    few.write_text(json.dumps({"prompt": "hello", "target": "world"}) + "\n")
+    code, _, err = run(capsys, *argv, "--min-gen", "0", "--min-rel", "0")
+    assert code == 3
+    assert "generalization cannot be checked" in json.loads(err)["message"]
+    assert run(capsys, *argv, "--min-rel", "0")[0] == 0
+
+
+def test_the_cache_is_kept_unless_it_is_not_wanted(
+    few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK, "-q")
+    assert run(capsys, *argv, "--no-cache")[0] == 0
+    assert not (tmp_path / "cache").exists()
+    assert run(capsys, *argv)[0] == 0
+    assert cached(tmp_path / "cache") > 0
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_results(
+    learned: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """SIGKILL in the middle of asking the edited model."""
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"when {i} is", "target": f"x{i}"}) + "\n" for i in range(25)))
+    argv = ["eval", "-d", path, "-m", tiny_model_dir, "-s", learned / "out" / "sm.safetensors", *QUICK, "--json"]
+    argv = [str(a) for a in (*argv, "--batch-size", "1")]
+    monkeypatch.setenv("WISE_CACHE", str(tmp_path / "whole"))
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    whole, base_batches = json.loads(out), cached(tmp_path / "whole")
+    assert base_batches == 50
+    cache = tmp_path / "cut"
+    env = {**os.environ, "WISE_CACHE": str(cache)}
+    process = subprocess.Popen([sys.executable, "-m", "wisecli", *argv], env=env, stdout=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and (not cache.exists() or cached(cache) < base_batches + 10):
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert len(list((cache / "answers").iterdir())) == 2
+    before = cached(cache)
+    assert base_batches + 10 <= before < 3 * base_batches
+    monkeypatch.setenv("WISE_CACHE", str(cache))
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    assert timeless(json.loads(out)) == timeless(whole)
+    assert cached(cache) == base_batches
 
 
 def test_the_shipped_dataset_is_the_example_file() -> None:

@@ -16,6 +16,7 @@ STAGES = [
     ("editing",),
     ("routing",),
     ("evaluation",),
+    ("report", "harness"),
     ("card", "chat"),
     ("packaging",),
     ("cli",),
@@ -41,6 +42,12 @@ def test_imports_run_one_way() -> None:
             continue  # the lazy public surface names everything and imports nothing
         later = {name for name in imports_of(path) if RANK[name] > RANK[part]}
         assert not later, f"{path.relative_to(PACKAGE.parent)} imports {later}, which come after it"
+
+
+def test_reports_are_made_without_models() -> None:
+    """They read a results file, made by whatever version and wherever."""
+    for path in (PACKAGE / "report").glob("*.py"):
+        assert imports_of(path) <= {"errors", "memory", "report"}, path
 
 
 def test_only_the_command_line_knows_typer_and_rich() -> None:

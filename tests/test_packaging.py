@@ -23,7 +23,7 @@ from wisecli.editing.config import EditConfig
 from wisecli.editing.merge import merge_run
 from wisecli.editing.run import EditRun
 from wisecli.errors import BaseMismatch, InputError, OutputError, UsageError
-from wisecli.evaluation.evaluate import evaluate
+from wisecli.evaluation.evaluate import EvalOptions, evaluate
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import DEMO_BASE, Base, load_base
 from wisecli.models.prompts import PromptEncoder
@@ -39,6 +39,7 @@ EDITS = (
 TEXTS = [text for edit in EDITS for text in edit]
 FILES = ["README.md", "ledger.jsonl", "manifest.json", "side_memory.safetensors"]
 FIGURES = Measured("tiny", "float32", "key", 3, 0.667, 0.75, 700, 0.0123)
+SCORE = {"before": 0.0, "after": 1.0, "n": 3}
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -72,9 +73,9 @@ def file(side_memory: SideMemory, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def results(base: Base, stream: EditStream, side_memory: SideMemory) -> dict[str, Any]:
     """What `wise eval --out` writes, read again."""
-    report = evaluate(base, stream, side_memory).to_json()
-    about = {"dataset": "four.jsonl", "base": base.label, "router": "key", "side_memory": "sm.safetensors"}
-    return json.loads(json.dumps(report | about))
+    about = {"name": "four", "file": "four.jsonl", "revision": None}
+    options = EvalOptions(ability=False, dataset=about, side_memory="sm.safetensors")
+    return json.loads(json.dumps(evaluate(base, stream, side_memory, options=options).to_json()))
 
 
 @pytest.fixture
@@ -184,9 +185,10 @@ def test_measured_reliability_is_that_of_the_evaluation(
     records = (*stream.records[:3], dataclasses.replace(stream.records[3], target="Unlearned"))
     steps: list[tuple[int, int]] = []
     measured = measure(base, dataclasses.replace(side_memory, edits=entries), lambda *step: steps.append(step))
-    report = evaluate(base, EditStream.of(records), side_memory)
+    report = evaluate(base, EditStream.of(records), side_memory, options=EvalOptions(ability=False))
     assert measured.reliability == report.scores["rel"]["exact"]["after"] == pytest.approx(2 / 3)
-    assert measured.routed == report.routed["rel"]
+    assert report.routing is not None
+    assert measured.routed == report.routing["kinds"]["edit"]["routed"]
     assert (measured.edits, measured.ordinary) == (3, len(ordinary_prompts()))
     assert steps[-1] == (3 + len(ordinary_prompts()),) * 2
 
@@ -283,13 +285,41 @@ def test_the_python_lines_of_the_card_run(
 def test_an_evaluation_becomes_a_table(side_memory: SideMemory, results: dict[str, Any], tmp_path: Path) -> None:
     package_side_memory(side_memory, tmp_path / "package", evaluation=results)
     text = card_of(tmp_path / "package")
-    assert "| Rel | 0.000 | 1.000 | " in text
+    assert "| Rel | 0.000 [0.000, 0.000] | 1.000 [1.000, 1.000] | " in text
     assert "| Gen | - | - | - | - | 0 |" in text
-    assert "Protocol `end-of-stream`; dataset `four.jsonl`" in text
-    assert "1 superseded" in text
+    assert "Protocol `end-of-stream`; dataset `four` (`four.jsonl`); base `base`; router `key`" in text
+    assert "edits 4, of which 1 superseded" in text
     kept = json.loads((tmp_path / "package" / "manifest.json").read_text())["evaluation"]
     assert kept["scores"] == results["scores"]
-    assert "items" not in kept
+    assert kept["routing"]["recall"] == results["routing"]["recall"]
+    assert kept["side_memory"] == {"digest": side_memory.digest, "router": "key"}
+
+
+def test_intervals_stand_in_the_card(side_memory: SideMemory, results: dict[str, Any], tmp_path: Path) -> None:
+    score = {"before": 0.25, "after": 0.5, "before_interval": None, "after_interval": [0.125, 0.75], "n": 8}
+    scores = {"rel": {"exact": score, "token": {**score, "n": 7}}}
+    package_side_memory(side_memory, tmp_path / "package", evaluation=results | {"scores": scores})
+    assert "| Rel | 0.250 | 0.500 [0.125, 0.750] | 0.250 | 0.500 [0.125, 0.750] | 8 (token 7) |" in card_of(
+        tmp_path / "package"
+    )
+
+
+def test_nothing_that_was_asked_or_answered_is_in_a_package(
+    side_memory: SideMemory, results: dict[str, Any], tmp_path: Path
+) -> None:
+    """Items stand in several parts of the results; none of these parts may get into a file."""
+    secret = "wholly-unlikely-words"
+    items = [{**item, "prompt": secret, "before": secret, "after": secret} for item in results["items"]]
+    told = {
+        "items": items,
+        "ood": {"token": None, "example": None, "texts": [{"edit": "e1", "text": secret}]},
+        "fresh": {"scores": results["scores"], "items": items},
+        "retention": [{"edits": 1, "scores": {}, "items": items}],
+        "wilke": {"items": items},
+        "unknown": secret,
+    }
+    package_side_memory(side_memory, tmp_path / "package", evaluation=results | told)
+    assert not any(secret.encode() in data for data in contents(tmp_path / "package").values())
 
 
 def test_a_card_without_texts_says_what_can_be_found_out(side_memory: SideMemory, tmp_path: Path) -> None:
@@ -312,19 +342,31 @@ def test_the_digest_is_of_the_tensors_alone(side_memory: SideMemory, file: Path,
     ("change", "message"),
     [
         ({"schema": "other"}, "schema 'other'"),
-        ({"schema_version": "2.0"}, "schema version 2.0"),
-        ({"side_memory": None}, "base alone"),
+        ({"schema_version": "3.0"}, r"schema version 3.0(.|\n)*newer wise"),
+        ({"schema_version": "1.0"}, r"schema version 1.0(.|\n)*again with wise eval"),
+        ({"schema_version": None}, r"schema version None(.|\n)*again with wise eval"),
+        ({"side_memory": None, "method": None}, "base alone"),
+        ({"side_memory": None}, "not of one side memory"),
+        ({"side_memory": "sm.safetensors"}, "no readable side_memory"),
+        ({"dataset": "four.jsonl", "base": "wise-demo"}, "no readable dataset, base"),
+        ({"protocol": "end-of-stream"}, "no readable protocol"),
         ({"scores": {"rel": {"exact": {"after": "high"}}}}, "no readable scores"),
+        ({"scores": {"rel": {"exact": SCORE | {"after_interval": [0.1]}}}}, "no readable scores"),
+        ({"scores": {"rel": {"exact": SCORE | {"after_interval": "wide"}}}}, "no readable scores"),
         ({"scores": None}, "no readable scores"),
-        ({"side_memory_digest": None}, "does not say which side memory"),
-        ({"side_memory_digest": "0" * 64}, "of sm.safetensors with the digest 000000000000"),
+        ({"side_memory": {"router": "key"}}, "does not say which side memory"),
+        (
+            {"side_memory": {"path": "sm.safetensors", "digest": "0" * 64}},
+            "of sm.safetensors with the digest 000000000000",
+        ),
     ],
 )
 def test_other_evaluations_are_refused(
     side_memory: SideMemory, results: dict[str, Any], change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError) as refused:
         package_side_memory(side_memory, tmp_path / "package", evaluation=results | change)
+    assert re.search(message, f"{refused.value.message}\n{refused.value.hint}")
     assert not (tmp_path / "package").exists()
 
 

@@ -11,7 +11,7 @@ from wisecli.data.stream import read_edits
 from wisecli.editing.config import EditConfig
 from wisecli.editing.merge import merge_run
 from wisecli.editing.run import EditRun
-from wisecli.evaluation.evaluate import EvalReport, evaluate
+from wisecli.evaluation.evaluate import EvalOptions, EvalReport, evaluate
 from wisecli.models.base import Base, load_base
 
 pytestmark = pytest.mark.campaign
@@ -31,7 +31,8 @@ def job(base: Base, file: Path, n: int | None, out: Path, **options: Any) -> Eva
     run = EditRun(base, stream, EditConfig(**options), out)
     for _ in run:
         pass
-    return evaluate(base, stream, merge_run(run.folder, base=base))
+    scores_alone = EvalOptions(open_gate=False, ability=False)
+    return evaluate(base, stream, merge_run(run.folder, base=base), options=scores_alone)
 
 
 def after(report: EvalReport, score: str, metric: str = "exact") -> float:

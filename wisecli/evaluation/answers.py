@@ -1,8 +1,10 @@
-"""Ask a model many prompts at once: free greedy answers and teacher-forced predictions, with the route of each.
+"""Ask a model many prompts at once: free greedy answers and teacher-forced scores, with the route of each.
 
 Works the same on a plain base and with a side memory attached. Prompts are sorted by length, so batches waste little;
 those to be continued are padded on the left, those only scored on the right, where positions count from 0 in any model.
-An answer is the argmax at every step whatever the checkpoint's generation_config asks for (`GREEDY`).
+An answer is the argmax at every step whatever the checkpoint's generation_config asks for (`GREEDY`). The cut into
+batches depends on the prompts alone, so the same prompts are always asked in the same company, whatever answers them,
+and a finished batch can be taken from a store (`AnswerStore`) instead.
 """
 
 from __future__ import annotations
@@ -14,17 +16,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from wisecli.errors import InputError
+from wisecli.evaluation.store import AnswerStore, digest_of
 from wisecli.models.base import Base
-from wisecli.models.prompts import Batch, PromptEncoder, Row
+from wisecli.models.prompts import PromptEncoder, Row
+from wisecli.models.upper import head_at
+from wisecli.routing.routers import Route
 
 if TYPE_CHECKING:
     from wisecli.routing.attach import Attached
-    from wisecli.routing.routers import Route
 
 BATCH = 64
+TOKENS = 16_384  # of a padded batch at most: bounds memory where prompts are long
+LOSS_LIMIT = 1e4  # nats; half precision can overflow, and JSON has no infinity
 SLACK = 4  # tokens an answer may run beyond its target before it is cut: enough to see that it runs on
 PROBE_TOKENS = 16  # of the answer to a prompt without a target
 
@@ -59,6 +64,21 @@ class Answer:
     route: Route | None = None
 
 
+@dataclass(frozen=True)
+class Forced:
+    """What a model makes of a target it is led along.
+
+    Attributes:
+        predicted: argmax at each target position, given the gold tokens before it.
+        nll: negative log-likelihood of each target token, in nats; LOSS_LIMIT where it is larger or not a number.
+        route: taken from the prompt alone; None without routing.
+    """
+
+    predicted: tuple[int, ...]
+    nll: tuple[float, ...]
+    route: Route | None = None
+
+
 def answer_cap(base: Base, encoder: PromptEncoder, edit: str, prompt: str, text: str | None) -> int:
     """Tokens the answer to a prompt may take: as many as `text` has and SLACK more; PROBE_TOKENS without a text.
 
@@ -69,7 +89,7 @@ def answer_cap(base: Base, encoder: PromptEncoder, edit: str, prompt: str, text:
     """
     row = encoder.pair(prompt, text, eos=False) if text else encoder.prompt(prompt)
     cap = len(row.target) + SLACK if row.target else PROBE_TOKENS
-    limit = _context(base)
+    limit = context_of(base)
     if len(row.prompt) + max(len(row.target), 1) > limit:
         answer = f" and its answer {len(row.target)}" if row.target else ""
         raise InputError(
@@ -80,6 +100,20 @@ def answer_cap(base: Base, encoder: PromptEncoder, edit: str, prompt: str, text:
     return min(cap, limit - len(row.prompt))
 
 
+def check_text(base: Base, encoder: PromptEncoder, edit: str, text: str) -> None:
+    """Refuse a text of an edit that is longer than the base's context.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    tokens, limit = len(encoder.prompt(text)), context_of(base)
+    if tokens > limit:
+        raise InputError(
+            f"A text of edit {edit!r} has {tokens} tokens; the base takes {limit}: {text[:60]!r}.",
+            hint="Shorten it, or leave it out.",
+        )
+
+
 @torch.no_grad()
 def generate_answers(
     base: Base,
@@ -88,59 +122,120 @@ def generate_answers(
     max_new_tokens: Sequence[int],
     attached: Attached | None = None,
     batch_size: int = BATCH,
+    store: AnswerStore | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Greedy answers, as (position in `prompts`, answer), batch by batch.
 
     Args:
         max_new_tokens: cap per prompt; a batch runs to its largest and each answer is cut to its own.
         attached: the side memory attached to the base's model, for the routes.
+        store: where finished batches of this very state of the model are kept.
     """
     rows = [encoder.prompt(p) for p in prompts]
-    order = sorted(range(len(rows)), key=lambda i: (max_new_tokens[i], len(rows[i])))
+    caps = list(max_new_tokens)
+    order = sorted(range(len(rows)), key=lambda i: (caps[i], len(rows[i])))
+    sizes = [(len(r), cap) for r, cap in zip(rows, caps, strict=True)]
+    for picked in _batches(order, sizes, batch_size, context_of(base)):
+        key = digest_of(["generate", encoder.eos, [[rows[i].prompt, caps[i]] for i in picked]])
+        kept = store.get(key) if store else None
+        if kept is None:
+            found = _generated(base, encoder, [rows[i] for i in picked], [caps[i] for i in picked], attached)
+            if store:
+                store.put(key, [[a.text, a.ids, a.route and a.route.to_json()] for a in found])
+        else:
+            found = [Answer(text, tuple(ids), route and Route.from_json(route)) for text, ids, route in kept]
+        yield from zip(picked, found, strict=True)
+
+
+def _generated(
+    base: Base, encoder: PromptEncoder, rows: Sequence[Row], caps: Sequence[int], attached: Attached | None
+) -> list[Answer]:
+    """One batch, answered."""
     special = set(encoder.tokenizer.all_special_ids)
-    sizes = [(len(r), cap) for r, cap in zip(rows, max_new_tokens, strict=True)]
-    for picked in _batches(order, sizes, batch_size, _context(base)):
-        batch = encoder.batch([rows[i] for i in picked]).to(base.model.device)
-        cap = max(max_new_tokens[i] for i in picked)
-        out = base.model.generate(**batch.inputs, **GREEDY, max_new_tokens=cap, pad_token_id=encoder.pad)
-        routes = attached.explain(attached.last) if attached and attached.last is not None else [None] * len(picked)
-        for i, ids, route in zip(picked, out[:, batch.input_ids.shape[1] :].tolist(), routes, strict=True):
-            kept = _until(ids[: max_new_tokens[i]], encoder.eos)
-            kept = [t for t in kept if t not in special]
-            yield i, Answer(encoder.decode(kept), tuple(kept), route)
+    batch = encoder.batch(rows).to(base.model.device)
+    out = base.model.generate(**batch.inputs, **GREEDY, max_new_tokens=max(caps), pad_token_id=encoder.pad)
+    routes = _routes(attached, len(rows))
+    answers = []
+    for ids, cap, route in zip(out[:, batch.input_ids.shape[1] :].tolist(), caps, routes, strict=True):
+        said = [t for t in _until(ids[:cap], encoder.eos) if t not in special]
+        answers.append(Answer(encoder.decode(said), tuple(said), route))
+    return answers
+
+
+def force(
+    base: Base,
+    encoder: PromptEncoder,
+    rows: Sequence[Row],
+    attached: Attached | None = None,
+    **options: Any,
+) -> list[Forced]:
+    """What `force_each` gives, in the order of the rows."""
+    found = dict(force_each(base, encoder, rows, attached, **options))
+    return [found[i] for i in range(len(rows))]
 
 
 @torch.no_grad()
-def forced_predictions(
+def force_each(
     base: Base,
     encoder: PromptEncoder,
     rows: Sequence[Row],
     attached: Attached | None = None,
     batch_size: int = BATCH,
-) -> list[tuple[int, ...]]:
-    """Argmax tokens at the target positions of each row, every one given the gold tokens before it.
+    store: AnswerStore | None = None,
+    routed_on: Sequence[int] | None = None,
+) -> Iterator[tuple[int, Forced]]:
+    """Lead the model along each row's target: argmax and negative log-likelihood at every target position.
+
+    Gives (position in `rows`, what was seen), batch by batch.
 
     Args:
-        rows: prompts with targets, without EOS.
+        rows: prompts with targets, without EOS unless it is to be scored.
         attached: the side memory attached to the base's model: each row is routed by its prompt alone, as when it is
             answered freely, and not by the target behind it. With `attached.override(None)` around the call the base
             is asked.
+        store: where finished batches of this very state of the model are kept.
+        routed_on: tokens of each row that the router sees instead, counted from the row's start.
     """
-    out: list[tuple[int, ...]] = [()] * len(rows)
+    seen = [len(r.prompt) for r in rows] if routed_on is None else list(routed_on)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for at in range(0, len(order), batch_size):
-        picked = order[at : at + batch_size]
-        batch = encoder.batch([rows[i] for i in picked], side="right").to(base.model.device)
-        lengths = [len(rows[i].prompt) for i in picked]
-        with attached.prompt_lengths(lengths) if attached is not None else nullcontext():
-            predicted = _argmax(base, batch)
-        wanted = batch.labels[:, 1:] != -100
-        for k, i in enumerate(picked):
-            out[i] = tuple(predicted[k][wanted[k]].tolist())
-    return out
+    for picked in _batches(order, [(len(r), 0) for r in rows], batch_size, sys.maxsize):
+        key = digest_of(["force", [[rows[i].prompt, rows[i].target, seen[i]] for i in picked]])
+        kept = store.get(key) if store else None
+        if kept is None:
+            found = _led(base, encoder, [rows[i] for i in picked], [seen[i] for i in picked], attached)
+            if store:
+                store.put(key, [[f.predicted, f.nll, f.route and f.route.to_json()] for f in found])
+        else:
+            found = [
+                Forced(tuple(predicted), tuple(nll), route and Route.from_json(route)) for predicted, nll, route in kept
+            ]
+        yield from zip(picked, found, strict=True)
 
 
-def _context(base: Base) -> int:
+def _led(
+    base: Base, encoder: PromptEncoder, rows: Sequence[Row], seen: Sequence[int], attached: Attached | None
+) -> list[Forced]:
+    """One batch, scored."""
+    batch = encoder.batch(rows, side="right").to(base.model.device)
+    wanted = batch.labels[:, 1:] != -100
+    lengths = attached.prompt_lengths(seen) if attached is not None else nullcontext()
+    with lengths, head_at(base.model, wanted):
+        logits = base.model(**batch.inputs, use_cache=False).logits  # [n, V]
+    gold = batch.labels[:, 1:][wanted]
+    nll = torch.nn.functional.cross_entropy(logits.float(), gold, reduction="none")
+    nll = nll.nan_to_num(nan=LOSS_LIMIT).clamp(max=LOSS_LIMIT)
+    counts = [len(r.target) for r in rows]
+    parts = zip(logits.argmax(-1).split(counts), nll.split(counts), _routes(attached, len(rows)), strict=True)
+    return [Forced(tuple(p.tolist()), tuple(x.tolist()), route) for p, x, route in parts]
+
+
+def _routes(attached: Attached | None, rows: int) -> list[Route] | list[None]:
+    """The routes just taken; none where nothing is attached or they were set from outside."""
+    last = attached.last if attached is not None and not attached.overridden else None
+    return attached.explain(last) if attached is not None and last is not None else [None] * rows
+
+
+def context_of(base: Base) -> int:
     """Tokens the base takes in all; very many where its config does not say."""
     limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else sys.maxsize
@@ -155,19 +250,17 @@ def _batches(
         sizes: (tokens, cap) of each row.
     """
     picked: list[int] = []
+    longest = most = 0
     for i in order:
-        length, cap = (max(n) for n in zip(*(sizes[k] for k in (*picked, i)), strict=True))
-        if picked and (len(picked) == batch_size or length + cap > limit):
+        length, cap = max(longest, sizes[i][0]), max(most, sizes[i][1])
+        full = len(picked) == batch_size or (length + cap) * (len(picked) + 1) > TOKENS
+        if picked and (full or length + cap > limit):
             yield picked
-            picked = []
+            picked, (length, cap) = [], sizes[i]
         picked.append(i)
+        longest, most = length, cap
     if picked:
         yield picked
-
-
-def _argmax(base: Base, batch: Batch) -> Tensor:
-    """Next-token argmax [B, T-1]."""
-    return base.model(**batch.inputs, use_cache=False).logits[:, :-1].argmax(-1)
 
 
 def _until(ids: Sequence[int], stop: Sequence[int]) -> Sequence[int]:

@@ -2,118 +2,122 @@
 
 Before and after are the same questions to the untouched base and to the base with the side memory attached. Locality is
 measured against the base's *own* answer, not against a dataset's. An edit that a later one contradicts is left out of
-the scores and counted. What is not here: reading datasets, and drawing tables.
+the scores and counted. Evaluations that make edits themselves are in `protocols`; drawing is left to `report`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from wisecli.data.records import UNRELATED
 from wisecli.data.stream import EditStream
-from wisecli.evaluation.answers import PROBE_TOKENS, SLACK, Answer, answer_cap, forced_predictions, generate_answers
-from wisecli.evaluation.metrics import exact_match, mean, token_accuracy
+from wisecli.evaluation.ability import measure_ability
+from wisecli.evaluation.answers import BATCH, check_text
+from wisecli.evaluation.asking import Asker, OodText, Progress, Steps
+from wisecli.evaluation.environment import (
+    describe_base,
+    describe_side_memory,
+    environment,
+    method_of,
+    peak_memory,
+)
+from wisecli.evaluation.evidence import routing_evidence
+from wisecli.evaluation.questions import Item, questions_of
+from wisecli.evaluation.scores import (
+    BOOTSTRAP_SEED,
+    METRICS,
+    average_of,
+    ood_of,
+    open_of,
+    perplexity_of,
+    probability_of,
+    scores_of,
+)
 from wisecli.models.base import Base
-from wisecli.models.prompts import PromptEncoder, Row
+from wisecli.models.prompts import PromptEncoder
 from wisecli.routing.attach import Attached, attach
-from wisecli.routing.routers import Route
 
-EDIT, REPHRASE = "edit", "rephrase"
-PROTOCOL = "end-of-stream"
-
-# Score name -> (kinds of questions it averages). The full metric names stand in `METRICS`.
-SCORES: dict[str, tuple[str, ...]] = {
-    "rel": (EDIT,),
-    "gen": (REPHRASE,),
-    "loc": (UNRELATED,),
-    "loc_near": ("same-relation", "same-subject"),
-}
-METRICS = {
-    "exact": "exact match of free greedy generation with natural stop; locality: agreement with the base's own tokens, "
-    f"generated as far as the probe's answer and {SLACK} more, at most {PROBE_TOKENS}",
-    "token": "teacher-forced token accuracy; locality: agreement with the base's own argmax tokens",
+SCHEMA, SCHEMA_VERSION = "wise-eval", "2.0"
+_PASSAGES = 16  # per batch at most: they are longer than prompts
+END_OF_STREAM = "end-of-stream"
+TEXTS = {
+    END_OF_STREAM: "after the last edit every prompt is asked again, before and after being the untouched base and the "
+    "base with the side memory",
 }
 
 
 @dataclass(frozen=True)
-class Question:
-    """One prompt to ask: of which edit, of which kind, and the target where an edit has one.
+class EvalOptions:
+    """How to evaluate, apart from what.
 
-    `answer` is the dataset's answer to a locality probe; it only says on which tokens agreement is measured.
+    Attributes:
+        open_gate: also ask what the gate kept out, with the gate open.
+        ability: also measure general ability.
+        texts: passages for that; None for those that ship with the tool.
+        batch_size: prompts per batch at most.
+        cache: folder of the answer cache; None for none.
+        dataset: name, file and revision of the dataset, for the record.
+        side_memory: path of the side memory, for the record.
+        router: "key" or "activation" instead of a side memory's own, for evaluations that learn.
     """
 
-    edit: str
-    kind: str
-    prompt: str
-    target: str | None = None
-    answer: str | None = None
-
-    @property
-    def edited(self) -> bool:
-        return self.target is not None
-
-
-@dataclass(frozen=True)
-class Item:
-    """A question with what the base and the edited model answered.
-
-    `exact` and `token` are (before, after); for a locality probe the first is 1 by definition.
-    """
-
-    question: Question
-    before: str
-    after: str
-    exact: tuple[bool, bool]
-    token: tuple[float, float] | None
-    route: Route | None
+    open_gate: bool = True
+    ability: bool = True
+    texts: Sequence[str] | None = None
+    batch_size: int = BATCH
+    cache: Path | None = None
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+    side_memory: str | None = None
+    router: str | None = None
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Scores and every item behind them.
+    """What an evaluation found: the content of results.json.
 
     Attributes:
-        scores: name -> metric -> {"before", "after", "n"}.
-        routed: name -> share of its questions answered by a side memory.
-        superseded: edits left out because a later one contradicts them.
-        about: `side_memory_digest`, of the side memory evaluated; None for the base alone.
+        sections: everything but the items, as JSON.
+        items: every question with its answers.
     """
 
-    scores: dict[str, dict[str, dict[str, float | int | None]]]
-    routed: dict[str, float | None]
+    sections: Mapping[str, Any]
     items: tuple[Item, ...]
-    superseded: int
-    edits: int
-    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> Mapping[str, Any]:
+        """Score name -> metric -> {"before", "after", their intervals, "n"}."""
+        return self.sections["scores"]
+
+    @property
+    def routing(self) -> Mapping[str, Any] | None:
+        return self.sections["routing"]
+
+    @property
+    def edits(self) -> int:
+        return self.sections["dataset"]["edits"]
+
+    @property
+    def superseded(self) -> int:
+        """Edits left out because a later one contradicts them."""
+        return self.sections["dataset"]["superseded"]
+
+    def with_sections(self, **sections: Any) -> EvalReport:
+        return EvalReport({**self.sections, **sections}, self.items)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "schema": "wise-eval",
-            "schema_version": "1.0",
-            "protocol": PROTOCOL,
-            "metrics": METRICS,
-            "edits": self.edits,
-            "superseded": self.superseded,
-            **self.about,
-            "scores": self.scores,
-            "routed": self.routed,
-            "items": [_item_json(i) for i in self.items],
-        }
+        return {**self.sections, "items": [i.to_json() for i in self.items]}
 
 
-def questions_of(stream: EditStream) -> list[Question]:
-    """Everything there is to ask about a stream, in order."""
-    out = []
-    for r in stream.records:
-        if r.id in stream.superseded:
-            continue
-        out.append(Question(r.id, EDIT, r.prompt, r.target))
-        out += [Question(r.id, REPHRASE, p, r.target) for p in r.rephrases]
-        out += [Question(r.id, p.kind, p.prompt, answer=p.answer) for p in r.locality]
-    return out
+@dataclass(frozen=True)
+class Findings:
+    """What one state of the edited model was found to be."""
+
+    items: Sequence[Item]
+    texts: Sequence[OodText] = ()
+    ability: Mapping[str, Any] | None = None
 
 
 class Evaluation:
@@ -122,137 +126,150 @@ class Evaluation:
     Args:
         base: loaded base.
         stream: edits with their probes.
-        side_memory: attached side memory, or None: then after equals before.
+        attached: the side memory attached to the base's model, or None: then after equals before.
         chat: render prompts with the base's chat template.
+        options: see `EvalOptions`.
     """
 
-    def __init__(self, base: Base, stream: EditStream, attached: Attached | None, chat: bool = False) -> None:
+    def __init__(
+        self,
+        base: Base,
+        stream: EditStream,
+        attached: Attached | None,
+        chat: bool = False,
+        options: EvalOptions | None = None,
+    ) -> None:
         self.base, self.stream, self.attached = base, stream, attached
-        self.encoder = PromptEncoder(base.tokenizer, chat=chat)
-        self.questions = questions_of(stream)
-        self.total = len({q.prompt for q in self.questions}) * (1 if attached is None else 2)
+        self.options = options or EvalOptions()
+        self.chat = chat
         self.report: EvalReport | None = None
 
-    def __iter__(self) -> Iterator[int]:
-        """Ask everything, yielding the number of prompts answered; `report` is set at the end.
+    def __iter__(self) -> Iterator[Progress]:
+        """Ask everything, yielding progress; `report` is set at the end.
 
         Raises:
             InputError: a prompt, alone or with its answer, does not fit the base's context; nothing was asked then.
         """
-        prompts = list(dict.fromkeys(q.prompt for q in self.questions))
-        caps = self._caps(prompts)
-        before: dict[str, Answer] = {}
-        after: dict[str, Answer] = {}
-        for answers, attached in ((before, None), (after, self.attached)):
-            if answers is after and attached is None:
-                after = before
-                break
-            for done, (i, answer) in enumerate(self._ask(prompts, caps, attached)):
-                answers[prompts[i]] = answer
-                if done % 16 == 15:
-                    yield len(before) + len(after)
-        self.report = self._score(before, after)
-        yield self.total
+        started = time.perf_counter()
+        asker = asker_for(self.base, self.stream, self.chat, self.options)
+        yield from asker.before(self.attached)
+        findings = yield from ask_everything(asker, self.stream, self.attached, self.options)
+        self.report = make_report(
+            asker, self.stream, findings, self.attached, self.options, {"name": END_OF_STREAM}, started
+        )
+        asker.close()
 
-    # -- the pieces ----------------------------------------------------------------------------------------------------
 
-    def _ask(
-        self, prompts: Sequence[str], caps: Sequence[int], attached: Attached | None
-    ) -> Iterator[tuple[int, Answer]]:
-        with self._unedited() if attached is None else nullcontext():
-            yield from generate_answers(self.base, self.encoder, prompts, caps, attached)
+def asker_for(base: Base, stream: EditStream, chat: bool, options: EvalOptions) -> Asker:
+    """An asker of all that there is to ask about a stream.
 
-    def _unedited(self) -> AbstractContextManager[None]:
-        """Within it the base answers, whatever is attached."""
-        return nullcontext() if self.attached is None else self.attached.override(None)
+    Raises:
+        InputError: a text out of distribution does not fit the base's context.
+    """
+    encoder = PromptEncoder(base.tokenizer)
+    for record in stream.records:
+        for text in record.ood:
+            check_text(base, encoder, record.id, text)
+    return Asker(base, questions_of(stream), chat=chat, cache=options.cache, batch_size=options.batch_size)
 
-    def _caps(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens each prompt may generate: the most that any question with it asks for."""
-        longest: dict[str, int] = {}
-        for q in self.questions:
-            n = answer_cap(self.base, self.encoder, q.edit, q.prompt, q.target if q.edited else q.answer)
-            n = n if q.edited else min(n, PROBE_TOKENS)
-            longest[q.prompt] = max(longest.get(q.prompt, 0), n)
-        return [longest[p] for p in prompts]
 
-    def _score(self, before: dict[str, Answer], after: dict[str, Answer]) -> EvalReport:
-        tokens = self._token_scores(before)
-        items = []
-        for q, token in zip(self.questions, tokens, strict=True):
-            a, b = before[q.prompt], after[q.prompt]
-            if q.target is not None:
-                exact = (exact_match(a.text, q.target), exact_match(b.text, q.target))
-            else:
-                exact = (True, a.ids == b.ids)
-            items.append(Item(q, a.text, b.text, exact, token, b.route))
-        scores, routed = {}, {}
-        for name, kinds in SCORES.items():
-            mine = [i for i in items if i.question.kind in kinds]
-            known = [i.token for i in mine if i.token is not None]
-            scores[name] = {
-                "exact": _pair([i.exact for i in mine]),
-                "token": _pair(known),
-            }
-            routed[name] = mean([i.route.routed for i in mine if i.route is not None])
-        about = {"side_memory_digest": None if self.attached is None else self.attached.side_memory.digest}
-        return EvalReport(scores, routed, tuple(items), len(self.stream.superseded), len(self.stream.records), about)
+def ask_everything(
+    asker: Asker, stream: EditStream, attached: Attached | None, options: EvalOptions
+) -> Steps[Findings]:
+    """All that is asked at the end of a stream, of an asker whose base has answered."""
+    items = yield from asker.after(attached)
+    if attached is not None and options.open_gate:
+        items = yield from asker.opened(attached, items)
+    texts = yield from asker.ood([r for r in stream.records if r.id not in stream.superseded], attached)
+    ability = None
+    if options.ability:
+        yield Progress("general ability", 0, 1)
+        started = time.perf_counter()
+        stores = (asker.store_of(None), asker.store_of(attached))
+        found = measure_ability(
+            asker.base, asker.encoder, attached, options.texts, min(options.batch_size, _PASSAGES), stores
+        )
+        asker.seconds["general ability"] = time.perf_counter() - started
+        ability = found.to_json()
+        yield Progress("general ability", 1, 1)
+    return Findings(items, texts, ability)
 
-    def _token_scores(self, before: dict[str, Answer]) -> list[tuple[float, float] | None]:
-        """(before, after) teacher-forced token scores, None where a question has no tokens to force."""
-        rows: list[Row] = []
-        where: list[int] = []
-        for k, q in enumerate(self.questions):
-            text = q.target or q.answer
-            if text:
-                row = self.encoder.pair(q.prompt, text, eos=False)
-            else:  # the base's tokens as it said them: written out and read again they may be others, or more
-                row = Row(self.encoder.prompt(q.prompt).prompt, before[q.prompt].ids)
-            if row.target:
-                rows.append(row)
-                where.append(k)
-        with self._unedited():
-            plain = forced_predictions(self.base, self.encoder, rows)
-        edited = plain
-        if self.attached is not None:
-            edited = forced_predictions(self.base, self.encoder, rows, self.attached)
-        out: list[tuple[float, float] | None] = [None] * len(self.questions)
-        for k, row, a, b in zip(where, rows, plain, edited, strict=True):
-            gold = row.target if self.questions[k].edited else a
-            out[k] = (token_accuracy(a, gold), token_accuracy(b, gold))
-        return out
+
+def make_report(
+    asker: Asker,
+    stream: EditStream,
+    findings: Findings,
+    attached: Attached | None,
+    options: EvalOptions,
+    protocol: Mapping[str, Any],
+    started: float,
+) -> EvalReport:
+    """Put everything together.
+
+    Args:
+        protocol: its "name" and what else is to be said of it.
+        started: `time.perf_counter()` at the beginning.
+    """
+    items, base = findings.items, asker.base
+    sm = attached.side_memory if attached is not None else None
+    router = attached.router.name if attached is not None else ""
+    scores = scores_of(items)
+    epsilon = [m.epsilon[router] for m in sm.memories] if sm is not None else []
+    sections = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "protocol": {"t": None, "checkpoints": None, "text": TEXTS.get(protocol["name"], ""), **protocol},
+        "metrics": METRICS,
+        "method": method_of(sm, router) if sm is not None else None,
+        "dataset": {
+            **{"name": None, "file": None, "revision": None, **options.dataset},
+            "format": stream.format,
+            "digest": stream.digest,
+            "edits": len(stream.records),
+            "superseded": len(stream.superseded),
+        },
+        "base": describe_base(base),
+        "side_memory": describe_side_memory(sm, router, options.side_memory) if sm is not None else None,
+        "environment": environment(base),
+        "seeds": {"edit": sm.config.get("seed") if sm is not None else None, "bootstrap": BOOTSTRAP_SEED},
+        "chat": asker.encoder.chat,
+        "scores": scores,
+        "average": average_of(scores),
+        "open": open_of(items),
+        "perplexity": perplexity_of(items),
+        "ood": ood_of(findings.texts),
+        "probability": probability_of(items),
+        "routing": routing_evidence(items, router, epsilon) if sm is not None else None,
+        "ability": findings.ability,
+        **dict.fromkeys(("harness", "fresh", "retention", "rollbacks", "wilke")),
+        "timings": {**asker.seconds, "total": time.perf_counter() - started, "prompts": len(asker.prompts)},
+        "peak_memory": peak_memory(base),
+    }
+    return EvalReport(sections, tuple(items))
 
 
 def evaluate(
-    base: Base, stream: EditStream, side_memory: Any = None, *, chat: bool = False, **options: Any
+    base: Base,
+    stream: EditStream,
+    side_memory: Any = None,
+    *,
+    chat: bool = False,
+    options: EvalOptions | None = None,
+    **attaching: Any,
 ) -> EvalReport:
     """Evaluate a side memory (object, file or folder; None for the base alone) on a stream, in one call.
 
     Further options go to `attach`.
     """
     if side_memory is None:
-        run = Evaluation(base, stream, None, chat)
-        for _ in run:
-            pass
-    else:
-        with attach(base.model, side_memory, **options) as attached:
-            run = Evaluation(base, stream, attached, chat or attached.side_memory.chat)
-            for _ in run:
-                pass
+        return _run(Evaluation(base, stream, None, chat, options))
+    with attach(base.model, side_memory, **attaching) as attached:
+        return _run(Evaluation(base, stream, attached, chat or attached.side_memory.chat, options))
+
+
+def _run(run: Evaluation) -> EvalReport:
+    for _ in run:
+        pass
     if run.report is None:
         raise RuntimeError("the evaluation ended without a report")
     return run.report
-
-
-def _pair(scores: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
-    return {"before": mean([a for a, _ in scores]), "after": mean([b for _, b in scores]), "n": len(scores)}
-
-
-def _item_json(item: Item) -> dict[str, Any]:
-    q, r = item.question, item.route
-    out: dict[str, Any] = {"edit": q.edit, "kind": q.kind, "prompt": q.prompt}
-    out |= {"target": q.target} if q.target is not None else {}
-    out |= {"before": item.before, "after": item.after, "exact": list(item.exact)}
-    out |= {"token": list(item.token)} if item.token is not None else {}
-    if r is not None:
-        out["route"] = {"memory": r.memory, "indicator": r.indicator, "epsilon": r.epsilon, "nearest_edit": r.edit}
-    return out

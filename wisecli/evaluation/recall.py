@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wisecli.data.pool import ordinary_prompts
-from wisecli.editing.run import SUPERSEDED
+from wisecli.editing.editor import SUPERSEDED
 from wisecli.evaluation.answers import BATCH, Answer, answer_cap, generate_answers
 from wisecli.evaluation.metrics import exact_match, mean
 from wisecli.memory.side_memory import EditEntry, SideMemory
