@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 OUT    ?= demo-out
 .DEFAULT_GOAL := demo
 # What the job makes there, and all that is ever removed there: OUT may hold other files.
-MADE    = "$(OUT)/shards" "$(OUT)/package" "$(OUT)/sm.safetensors" "$(OUT)/results.json"
+MADE    = "$(OUT)/shards" "$(OUT)/package" "$(OUT)/sm.safetensors" "$(OUT)/eval"
 WISE   := $(BIN)/wise
 
-.PHONY: demo test campaign bench check base edits clean
+.PHONY: demo test campaign bench papers check base edits clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,7 +27,7 @@ demo: $(VENV)/.installed
 	$(WISE) edit examples/edits.jsonl --out $(OUT)/shards
 	$(WISE) merge $(OUT)/shards -o $(OUT)/sm.safetensors
 	$(WISE) package $(OUT)/sm.safetensors -o $(OUT)/package
-	$(WISE) eval --dataset demo --side-memory $(OUT)/package -o $(OUT)/results.json
+	$(WISE) eval --dataset demo --side-memory $(OUT)/package -o $(OUT)/eval --png
 	@echo '--- after: the same questions, with the side memory'
 	@$(WISE) chat --side-memory $(OUT)/package < examples/questions.txt
 
@@ -40,6 +40,11 @@ campaign: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/evaluation.py
+
+# The papers' records, where WISE_DATA names a folder that holds them, learned and evaluated on the demonstration base.
+papers: $(VENV)/.installed
+	for d in zsre hallucination temporal; do $(WISE) eval --dataset $$d --learn -o $(OUT)/$$d || exit 1; done
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -47,7 +47,9 @@ def measure(base: Base, stream: EditStream, options: dict[str, Any], rehearse: b
         report = evaluate(base, stream, side_memory)
     scores = {name: score["exact"]["after"] for name, score in report.scores.items()}
     n = len(stream.records)
-    return scores | {"routed": report.routed, "cpu_s_per_edit": editing / n, "merge_cpu_s_per_edit": merging / n}
+    kinds = report.routing["kinds"] if report.routing else {}
+    routed = {kind: found["routed"] for kind, found in kinds.items()}
+    return scores | {"routed": routed, "cpu_s_per_edit": editing / n, "merge_cpu_s_per_edit": merging / n}
 
 
 def main() -> None:

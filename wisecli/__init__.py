@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from wisecli.editing.config import EditConfig
     from wisecli.editing.merge import merge_run
     from wisecli.editing.run import EditRun
-    from wisecli.evaluation.evaluate import evaluate
+    from wisecli.evaluation.evaluate import EvalOptions, evaluate
     from wisecli.memory.shard import RunFolder
     from wisecli.memory.side_memory import SideMemory
     from wisecli.models.base import load_base
@@ -31,6 +31,7 @@ _HOME = {
     "EditRecord": "wisecli.data.records",
     "EditRun": "wisecli.editing.run",
     "EditStream": "wisecli.data.stream",
+    "EvalOptions": "wisecli.evaluation.evaluate",
     "Probe": "wisecli.data.records",
     "RunFolder": "wisecli.memory.shard",
     "SideMemory": "wisecli.memory.side_memory",
@@ -46,6 +47,7 @@ __all__ = [
     "EditRecord",
     "EditRun",
     "EditStream",
+    "EvalOptions",
     "Probe",
     "RunFolder",
     "SideMemory",

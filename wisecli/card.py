@@ -54,7 +54,7 @@ def render_card(
         side_memory: as shipped, with or without texts.
         ledger: whether ledger.jsonl is shipped.
         measured: figures of `evaluation.recall.measure`.
-        evaluation: the JSON of `wise eval`.
+        evaluation: the JSON of `wise eval`, schema 2.x.
         licence: a licence id.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -185,7 +185,7 @@ def _figures(sm: SideMemory, measured: Measured | None, evaluation: Mapping[str,
     if measured is not None:
         parts.append(_measured(measured, _short(sm, measured.base)))
     if evaluation is not None:
-        parts.append(_evaluated(evaluation, _short(sm, evaluation.get("base") or "")))
+        parts.append(_evaluated(evaluation, _short(sm, str(evaluation["base"].get("label") or ""))))
     return "## Figures\n\n" + ("\n\n".join(parts) or "Nothing was measured when this package was made.")
 
 
@@ -210,25 +210,36 @@ def _evaluated(evaluation: Mapping[str, Any], base: str) -> str:
     rows = []
     for key, name in _SCORES.items():
         exact, token = (evaluation["scores"].get(key, {}).get(metric, {}) for metric in ("exact", "token"))
-        cells = (_figure(s.get(when)) for s in (exact, token) for when in ("before", "after"))
+        cells = (_with_interval(s, when) for s in (exact, token) for when in ("before", "after"))
         n = str(exact.get("n", 0)) + (
             f" (token {token['n']})" if token.get("n", exact.get("n")) != exact.get("n") else ""
         )
         rows.append((name, *cells, n))
-    dataset = evaluation.get("dataset")
-    told = {
-        "dataset": _code(dataset) if dataset else "not recorded",
-        "base": _code(base) if base else "not recorded",
-        "router": _code(evaluation["router"]) if evaluation.get("router") else "the side memory's own",
-        "edits": f"{evaluation.get('edits', '-')}, of which {evaluation.get('superseded', 0)} superseded, not scored",
-    }
-    facts = "; ".join(f"{k} {v}" for k, v in told.items())
-    lead = f"Protocol {_code(evaluation.get('protocol', 'not recorded'))}; {facts}."
+    lead = f"Protocol {_code(evaluation['protocol'].get('name', 'not recorded'))}; {_told(evaluation, base)}."
     metrics = [f"- {k}: {_line(v)}" for k, v in sorted(dict(evaluation.get("metrics") or {}).items())]
-    meaning = "Before is the untouched base, after is with the side memory; n counts prompts."
+    meaning = (
+        "Before is the untouched base, after is with the side memory; in brackets 95 % bootstrap intervals; n counts "
+        "prompts."
+    )
     return "\n\n".join(
         ["### Evaluation", lead, _table(header, rows), *(["\n".join(metrics)] if metrics else []), meaning]
     )
+
+
+def _told(evaluation: Mapping[str, Any], base: str) -> str:
+    """On what, with what, and how much of it."""
+    dataset = evaluation["dataset"]
+    name, file = dataset.get("name"), dataset.get("file")
+    router = (evaluation.get("side_memory") or {}).get("router")
+    named = _code(name if name else file) + (f" ({_code(file)})" if name and file and name != file else "")
+    told = {
+        "dataset": (named if name or file else "not recorded")
+        + (f" at revision {_code(dataset['revision'])}" if dataset.get("revision") else ""),
+        "base": _code(base) if base else "not recorded",
+        "router": _code(router) if router else "the side memory's own",
+        "edits": f"{dataset.get('edits', '-')}, of which {dataset.get('superseded', 0)} superseded, not scored",
+    }
+    return "; ".join(f"{k} {v}" for k, v in told.items())
 
 
 def _limits(sm: SideMemory) -> str:
@@ -281,6 +292,12 @@ def _count(n: int, what: str) -> str:
 
 def _figure(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _with_interval(score: Mapping[str, Any], when: str) -> str:
+    """A mean with its interval, where there is one."""
+    bounds = score.get(f"{when}_interval")
+    return _figure(score.get(when)) + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
 
 
 def _value(value: Any) -> str:

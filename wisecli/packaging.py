@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,17 @@ from wisecli.memory.side_memory import SideMemory
 __all__ = ["Measured", "PackageReport", "PackagedFile", "check_request", "measure", "package_side_memory"]
 
 SCHEMA, SCHEMA_VERSION = "wise-package", "1.0"
-EVAL_SCHEMA = "wise-eval"
+EVAL_SCHEMA, EVAL_VERSION = "wise-eval", "2"
 SIDE_MEMORY, LEDGER, CARD, MANIFEST = "side_memory.safetensors", "ledger.jsonl", "README.md", "manifest.json"
 _FILES = (SIDE_MEMORY, LEDGER, CARD, MANIFEST)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-# What a package says of an evaluation: never its items, which hold prompts and answers.
-_EVAL_KEYS = ("protocol", "metrics", "dataset", "base", "router", "edits", "superseded", "scores", "routed")
+# What a package says of an evaluation: never what holds prompts and answers, nor where the file lay.
+_EVAL_KEYS = ("schema_version", "protocol", "metrics", "method", "dataset", "base", "seeds", "scores", "average")
+_EVAL_PARTS = {
+    "side_memory": ("digest", "router"),
+    "routing": ("router", "epsilon", "kinds", "precision", "recall", "false_opening"),
+    "ability": ("text", "passages", "tokens", "perplexity", "agreement", "routed"),
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def package_side_memory(
     """
     check_request(out, evaluation=evaluation, licence=licence, force=force, side_memory=side_memory)
     shipped = side_memory if ledger else side_memory.without_texts()
-    about = {k: evaluation[k] for k in _EVAL_KEYS if k in evaluation} if evaluation is not None else None
+    about = _about(evaluation) if evaluation is not None else None
     card = render_card(shipped, ledger=ledger, measured=measured, evaluation=about, licence=_licence(licence))
     _clear(out)
     shipped.save(out / SIDE_MEMORY)
@@ -193,22 +198,31 @@ def _check_evaluation(evaluation: Any) -> None:
             f"The evaluation has the schema {schema!r}, not {EVAL_SCHEMA!r}.",
             hint="Make one with wise eval --side-memory sm.safetensors --out results.json.",
         )
-    if version.split(".")[0] != "1":
-        raise InputError(f"The evaluation has schema version {version}.", hint="Install a newer wise.")
-    if evaluation.get("side_memory", "") is None:
+    again = "Make it again with wise eval."
+    major = version.split(".")[0]
+    if major != EVAL_VERSION:
+        newer = major.isdecimal() and int(major) > int(EVAL_VERSION)
         raise InputError(
-            "The evaluation is of the base alone.", hint="Make one with wise eval --side-memory sm.safetensors."
+            f"The evaluation has schema version {version or 'none'}.", hint="Install a newer wise." if newer else again
         )
+    if evaluation.get("side_memory", "") is None:
+        what = "not of one side memory" if evaluation.get("method") else "of the base alone"
+        raise InputError(
+            f"The evaluation is {what}.", hint="Make one with wise eval --side-memory sm.safetensors --out FILE.json."
+        )
+    parts = [k for k in ("protocol", "dataset", "base", "side_memory") if not isinstance(evaluation.get(k), Mapping)]
+    if parts:
+        raise InputError(f"The evaluation has no readable {', '.join(parts)}.", hint=again)
     scores = evaluation.get("scores")
     known = isinstance(scores, Mapping) and all(isinstance(s, Mapping) for s in scores.values())
     if not known or not all(_is_score(m) for s in scores.values() for m in s.values()):
-        raise InputError("The evaluation has no readable scores.", hint="Make it again with wise eval.")
+        raise InputError("The evaluation has no readable scores.", hint=again)
 
 
 def _check_evaluated(evaluation: Mapping[str, Any], side_memory: SideMemory | None) -> None:
     """The results must be of the very side memory that is packaged."""
-    found = evaluation.get("side_memory_digest")
-    name = evaluation.get("side_memory") or "another side memory"
+    found = evaluation["side_memory"].get("digest")
+    name = evaluation["side_memory"].get("path") or "another side memory"
     if found is None:
         message = "The evaluation does not say which side memory it is of."
     elif side_memory is not None and found != side_memory.digest:
@@ -219,11 +233,28 @@ def _check_evaluated(evaluation: Mapping[str, Any], side_memory: SideMemory | No
 
 
 def _is_score(metric: Any) -> bool:
-    """{"before", "after", "n"}, each a number, or None where nothing was asked."""
+    """{"before", "after", "n"}, each a number, or None where nothing was asked; intervals are pairs of numbers."""
     wanted = (int, float, type(None))
-    return isinstance(metric, Mapping) and all(
-        k in metric and isinstance(metric[k], wanted) for k in ("before", "after", "n")
+    return (
+        isinstance(metric, Mapping)
+        and all(k in metric and isinstance(metric[k], wanted) for k in ("before", "after", "n"))
+        and all(_is_interval(metric.get(k)) for k in ("before_interval", "after_interval"))
     )
+
+
+def _is_interval(bounds: Any) -> bool:
+    return bounds is None or (
+        isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
+    )
+
+
+def _about(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an evaluation goes into the package."""
+    about: dict[str, Any] = {k: evaluation[k] for k in _EVAL_KEYS if k in evaluation}
+    for name, keys in _EVAL_PARTS.items():
+        part = evaluation.get(name)
+        about[name] = {k: part[k] for k in keys if k in part} if isinstance(part, Mapping) else None
+    return about
 
 
 # -- the files --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from wisecli.data.stream import EditStream
+    from wisecli.editing.config import EditConfig
     from wisecli.models.base import Base
+
+_SHARDS = 2
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path of what was made.")]
@@ -46,3 +50,22 @@ def base_of(
     name = model if model is not None else recorded.get("name")
     pinned = revision if model is not None or revision else recorded.get("revision")
     return load_base(name, revision=pinned, dtype=dtype, device=device, trust_remote_code=trust)
+
+
+def edit_config(
+    stream: EditStream, base: Base, *, shards: int | None, chat: bool | None = None, **settings: Any
+) -> EditConfig:
+    """The config of a run, with what the stream and the base decide where nothing was said.
+
+    Args:
+        shards: None for two, or one for a single edit.
+        chat: None for the chat template where the base has one.
+        settings: other fields of `EditConfig`.
+    """
+    from wisecli.editing.config import EditConfig
+
+    return EditConfig(
+        shards=shards if shards is not None else min(_SHARDS, len(stream)),
+        chat=bool(getattr(base.tokenizer, "chat_template", None)) if chat is None else chat,
+        **settings,
+    )

@@ -9,10 +9,12 @@ import typer
 
 from wisecli.cli._errors import guarded
 from wisecli.cli.chat import chat
+from wisecli.cli.compare import compare
 from wisecli.cli.edit import edit
 from wisecli.cli.eval import evaluate
 from wisecli.cli.merge import merge
 from wisecli.cli.package import package
+from wisecli.cli.report import report
 
 app = typer.Typer(
     name="wise",
@@ -46,6 +48,8 @@ app.command("edit")(edit)
 app.command("merge")(merge)
 app.command("package")(package)
 app.command("eval")(evaluate)
+app.command("report")(report)
+app.command("compare")(compare)
 app.command("chat")(chat)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,14 +14,12 @@ from wisecli.cli._output import Output, figure, short
 if TYPE_CHECKING:
     from wisecli.data.stream import EditStream
     from wisecli.editing.run import EditRun
-    from wisecli.models.base import Base
 
-_SHARDS = 2
 _SHOWN_FAILURES = 10
 
 
 def edit(
-    edits: Annotated[Path, typer.Argument(metavar="EDITS", help="JSONL or JSON file of edits.")],
+    edits: Annotated[str, typer.Argument(metavar="EDITS", help="JSONL or JSON file of edits, or a dataset's name.")],
     model: opt.Model = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards.")] = Path("shards"),
     layer: Annotated[str, typer.Option(help="Decoder layer to edit: auto or a number.")] = "auto",
@@ -48,6 +45,7 @@ def edit(
         ),
     ] = None,
     pool: Annotated[Path | None, typer.Option(help="More ordinary prompts to calibrate on, one per line.")] = None,
+    block: Annotated[int, typer.Option(help="Edits that arrive and are learned together.")] = 10,
     limit: Annotated[int | None, typer.Option(help="Learn only the first N edits.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of masks, contexts and minibatches.")] = 0,
     texts: Annotated[bool, typer.Option("--texts/--no-texts", help="Keep prompts and targets in the ledger.")] = True,
@@ -67,43 +65,38 @@ def edit(
     """
     sink = Output(json, quiet)
     with sink.running():
-        from wisecli.data.stream import read_edits
+        from wisecli.data.datasets import read_dataset
         from wisecli.memory.files import ensure_writable
 
-        stream = read_edits(edits, limit)
+        located, stream = read_dataset(edits, limit)
         _report_clashes(sink, stream)
         more = _read_pool(pool)
         ensure_writable(out)
         from wisecli.editing.config import EditConfig
 
-        config = EditConfig(
-            layer=layer if layer == "auto" else _number(layer),
-            module=module,
-            shards=shards if shards is not None else min(_SHARDS, len(stream)),
-            mask_density=mask_density,
-            seed=seed,
-            schedule=schedule,
-            contexts=contexts,
-            max_steps=max_steps,
-            lr=lr,
-            chat=bool(chat),
-        )
+        settings: dict[str, Any] = {
+            "layer": layer if layer == "auto" else _number(layer),
+            "module": module,
+            "mask_density": mask_density,
+            "seed": seed,
+            "schedule": schedule,
+            "contexts": contexts,
+            "block": block,
+            "max_steps": max_steps,
+            "lr": lr,
+        }
+        EditConfig(**settings, shards=shards or 1)  # refuse wrong settings before a base is loaded
         from wisecli.editing.run import EditRun
         from wisecli.models.base import load_base
 
         base = load_base(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        if chat is None:
-            config = replace(config, chat=_has_template(base))
+        config = opt.edit_config(stream, base, shards=shards, chat=chat, **settings)
         run = EditRun(base, stream, config, out, extra_pool=more, texts=texts)
-        _introduce(sink, run, edits)
+        _introduce(sink, run, located.path)
         entries = _learn(sink, run)
         _summarise(sink, entries, verbose)
         sink.line(f"Wrote {out}. Next:", command=f"wise merge {out} -o sm.safetensors")
         sink.result(_document(run, entries, out), str(out))
-
-
-def _has_template(base: Base) -> bool:
-    return bool(getattr(base.tokenizer, "chat_template", None))
 
 
 def _number(layer: str) -> int:

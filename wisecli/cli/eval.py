@@ -1,39 +1,91 @@
-"""`wise eval`: reliability, generalization and locality after the whole stream."""
+"""`wise eval`: ask everything after the whole stream; or learn the stream first and ask while learning."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wisecli.cli import _options as opt
-from wisecli.cli._output import Output, figure, short
+from wisecli.cli._output import Output, figure
+from wisecli.cli._results import NAMES, Written, show_report
 
 if TYPE_CHECKING:
-    from wisecli.evaluation.evaluate import EvalReport
+    from wisecli.data.datasets import Located
+    from wisecli.data.stream import EditStream
+    from wisecli.evaluation.evaluate import EvalOptions, EvalReport
+    from wisecli.memory.side_memory import SideMemory
     from wisecli.models.base import Base
 
-_NAMES = {"rel": "reliability", "gen": "generalization", "loc": "locality", "loc_near": "locality, near"}
-_SHOWN = 5
+_PROTOCOLS = ("end-of-stream", "fresh", "both", "wilke")
+_LEARN = "Learning"
+_CHECKS = "Checks"
 
 
 def evaluate(
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="demo, zsre, another name, or a file.")] = "demo",
     side_memory: opt.SideMemoryFile = None,
-    model: opt.Model = None,
-    limit: Annotated[int | None, typer.Option(help="Ask only the first N edits.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the full JSON report here.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N edits.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write results.json and report.html into this folder; or FILE.json alone."),
+    ] = None,
+    png: Annotated[bool, typer.Option("--png", help="Also write every plot as PNG, beside the results.")] = False,
     router: opt.RouterName = None,
+    open_gate: Annotated[
+        bool, typer.Option("--open-gate/--no-open-gate", help="Also ask what the gate kept out, with the gate open.")
+    ] = True,
+    ability: Annotated[
+        bool, typer.Option("--ability/--no-ability", help="Also measure perplexity and agreement on held text.")
+    ] = True,
+    text: Annotated[Path | None, typer.Option(help="Held text of your own: one passage per line.")] = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="lm-evaluation-harness tasks, separated by commas.")
+    ] = None,
+    harness_limit: Annotated[int | None, typer.Option(help="Samples per task.")] = None,
+    harness_include: Annotated[Path | None, typer.Option(help="Folder of tasks of your own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch at most.")] = 64,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep the base's answers, and go on where a run was interrupted.")
+    ] = True,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Learn the dataset first: edit, merge, evaluate.", rich_help_panel=_LEARN)
+    ] = False,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="end-of-stream; fresh: right after each edit; both, with a retention curve; wilke: edit, edit back.",
+            rich_help_panel=_LEARN,
+        ),
+    ] = "end-of-stream",
+    t: Annotated[
+        str | None,
+        typer.Option("--t", help="1,10,100: average over sequences of T edits, rolled back.", rich_help_panel=_LEARN),
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="rehearsal (default) or published.", rich_help_panel=_LEARN)
+    ] = None,
+    shards: Annotated[int | None, typer.Option(help="Slices of the stream; default 2.", rich_help_panel=_LEARN)] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Edits that arrive together; default 10.", rich_help_panel=_LEARN)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of masks, contexts, minibatches; default 0.", rich_help_panel=_LEARN)
+    ] = None,
     min_rel: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit with 3 when exact reliability is lower.")
+        float | None, typer.Option(min=0, max=1, help="Exit with 3 below it (exact).", rich_help_panel=_CHECKS)
     ] = None,
     min_gen: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit with 3 when exact generalization is lower.")
+        float | None, typer.Option(min=0, max=1, help="Exit with 3 below it (exact).", rich_help_panel=_CHECKS)
     ] = None,
     min_loc: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit with 3 when exact locality is lower.")
+        float | None, typer.Option(min=0, max=1, help="Exit with 3 below it (exact).", rich_help_panel=_CHECKS)
     ] = None,
+    model: opt.Model = None,
+    dataset_revision: Annotated[str | None, typer.Option(help="Commit of a dataset on the hub.")] = None,
     allow_other_base: opt.AllowOtherBase = False,
     revision: opt.Revision = None,
     dtype: opt.Dtype = "auto",
@@ -46,55 +98,246 @@ def evaluate(
 
     Exact: free greedy generation with natural stop. Token: teacher-forced accuracy, as papers report it.
 
-    Example: wise eval --dataset demo --side-memory sm.safetensors
+    Example: wise eval --dataset demo --side-memory sm.safetensors -o report
+    Example: wise eval --dataset zsre --learn -o zsre
     """
     sink = Output(json, quiet)
     with sink.running():
-        from wisecli.data.datasets import resolve_dataset
-        from wisecli.data.stream import read_edits
+        from wisecli.data.datasets import read_dataset
 
-        source = resolve_dataset(dataset)
-        stream = read_edits(source, limit)
-        from wisecli.memory.files import ensure_writable, write_json
+        settings = {"schedule": schedule, "shards": shards, "block": block, "seed": seed}
+        learning = _Learning.of(learn, protocol, t, side_memory, out, harness, settings)
+        _refuse_idle(
+            [
+                ("--router", router is not None, side_memory is not None or learning is not None, "a side memory"),
+                ("--allow-other-base", allow_other_base, side_memory is not None, "--side-memory"),
+                ("--harness-limit", harness_limit is not None, harness is not None, "--harness"),
+                ("--harness-include", harness_include is not None, harness is not None, "--harness"),
+                ("--text", text is not None, ability, "general ability, which --no-ability leaves out"),
+            ]
+        )
+        tasks = _tasks(harness, harness_include)
+        located, stream = read_dataset(dataset, limit, revision=dataset_revision)
+        if learning is not None and learning.sizes:
+            from wisecli.evaluation.protocols import check_sizes
+
+            check_sizes(learning.sizes, stream)
+        for warning in stream.warnings:
+            sink.warn(warning)
+        written = Written(out, png)
+        kept = _cache(sink) if cache else None
+        options = _options(open_gate, ability, text, batch_size, kept, located, side_memory, router)
         from wisecli.memory.side_memory import SideMemory
-        from wisecli.routing.attach import attach, side_memory_file
+        from wisecli.routing.attach import side_memory_file
 
-        if out is not None:
-            ensure_writable(out.parent)
         sm = SideMemory.load(side_memory_file(side_memory)) if side_memory else None
-        from wisecli.evaluation.evaluate import Evaluation
-
-        if sm is not None:
-            _warn_missing(sink, sm, [r.id for r in stream.records])
         base = opt.base_of(sm.base if sm else {}, model, revision, dtype, device, trust_remote_code)
         _warn_endless(sink, base)
-        if sm is None:
-            run = Evaluation(base, stream, None)
-            report = _ask(sink, run)
+        if learning is None:
+            report = _existing(sink, base, stream, sm, options, allow_other_base)
         else:
-            with attach(base.model, sm, router=router, allow_other_base=allow_other_base) as attached:
-                run = Evaluation(base, stream, attached, sm.chat)
-                report = _ask(sink, run)
-        document = report.to_json() | {"dataset": dataset, "base": base.label, "router": router or (sm and sm.router)}
-        document["side_memory"] = str(side_memory) if side_memory else None
-        _show(sink, report, f"{dataset}, {report.edits} edits, {base.label}", sm is not None)
-        if out is not None:
-            write_json(out, document)
-            following = f"wise package {side_memory} --eval {out}" if sm is not None else ""
-            sink.line(f"Wrote {out}.{' Next:' if following else ''}", command=following)
-        sink.result(document, str(out) if out else None)
+            report = _ask(sink, learning.run(base, stream, options))
+            sm = SideMemory.load(learning.side_memory) if harness is not None else None
+        if harness is not None:
+            attaching = {"router": router, "allow_other_base": allow_other_base}
+            report = _harness(sink, report, base, sm, tasks, harness_limit, harness_include, attaching)
+        show_report(sink, report)
+        written.write(sink, report, side_memory)
+        sink.result(report.to_json(), str(written.path) if written.path else None)
     _check(report, {"rel": min_rel, "gen": min_gen, "loc": min_loc})
 
 
+@dataclass(frozen=True)
+class _Learning:
+    """What is to be learned first, and how it is asked: a protocol, or sequences of T edits."""
+
+    protocol: str
+    sizes: tuple[int, ...]
+    out: Path | None
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        learn: bool,
+        protocol: str,
+        t: str | None,
+        side_memory: Path | None,
+        out: Path | None,
+        harness: str | None,
+        settings: dict[str, Any],
+    ) -> _Learning | None:
+        """From the options; None where an existing side memory, or the base alone, is asked."""
+        from wisecli.errors import UsageError
+
+        if protocol not in _PROTOCOLS:
+            raise UsageError(f"Unknown protocol {protocol!r}.", hint=f"Use {', '.join(_PROTOCOLS)}.")
+        sizes = _sizes(t)
+        if sizes and protocol != _PROTOCOLS[0]:
+            raise UsageError("--t is a protocol of its own.", hint="Leave --protocol out.")
+        given = {k: v for k, v in settings.items() if v is not None}
+        if not learn and not sizes and protocol == _PROTOCOLS[0]:
+            if given:
+                raise UsageError(
+                    f"--{min(given)} says how to learn, but nothing is to be learned.", hint="Add --learn."
+                )
+            return None
+        if side_memory is not None:
+            raise UsageError(
+                "Edits are made anew here, so there is no --side-memory to ask.",
+                hint="Leave --side-memory out, or --learn, --protocol and --t.",
+            )
+        into_folder = not sizes and protocol != "wilke"
+        if into_folder and (out is None or out.suffix == ".json"):
+            raise UsageError("Shards and side memory need a folder.", hint="Give --out FOLDER.")
+        if harness is not None and not into_folder:
+            raise UsageError("--harness needs one side memory.", hint="Use it with --side-memory or with --learn.")
+        return cls(protocol, sizes, out, given)
+
+    @property
+    def side_memory(self) -> Path:
+        """Where the side memory that was learned lies."""
+        return (self.out or Path()) / "sm.safetensors"
+
+    def run(self, base: Base, stream: EditStream, options: EvalOptions) -> Any:
+        """The evaluation, ready to go."""
+        from wisecli.evaluation.protocols import RollbackEvaluation, StreamEvaluation
+        from wisecli.evaluation.wilke import WilkeEvaluation
+
+        config = opt.edit_config(stream, base, **{"shards": None, **self.settings})
+        if self.sizes:
+            return RollbackEvaluation(base, stream, config, self.sizes, options=options)
+        if self.protocol == "wilke" or self.out is None:
+            return WilkeEvaluation(base, stream, config, options)
+        return StreamEvaluation(base, stream, config, self.out, self.protocol, options=options)
+
+
+def _sizes(t: str | None) -> tuple[int, ...]:
+    from wisecli.errors import UsageError
+
+    try:
+        return tuple(int(x) for x in t.split(",")) if t is not None else ()
+    except ValueError:
+        raise UsageError(f"--t must be whole numbers separated by commas, not {t!r}.") from None
+
+
+def _refuse_idle(given: list[tuple[str, bool, bool, str]]) -> None:
+    """Refuse options that would do nothing: name, whether it was given, whether it has an effect, what it is about."""
+    from wisecli.errors import UsageError
+
+    for name, used, effective, about in given:
+        if used and not effective:
+            raise UsageError(f"{name} does nothing here: it is about {about}.", hint="Leave it out.")
+
+
+def _tasks(harness: str | None, include: Path | None) -> list[str]:
+    """Names of lm_eval's tasks; unknown ones, or a missing lm_eval, are refused before anything is asked."""
+    if harness is None:
+        return []
+    from wisecli.harness import check_tasks
+
+    names = [x.strip() for x in harness.split(",") if x.strip()]
+    check_tasks(names, include)
+    return names
+
+
+def _cache(sink: Output) -> Path | None:
+    """Where answers are kept; nowhere, with a warning, where that folder cannot be written."""
+    from wisecli.errors import OutputError
+    from wisecli.evaluation.store import default_folder
+    from wisecli.memory.files import ensure_writable
+
+    folder = default_folder()
+    try:
+        ensure_writable(folder)
+    except OutputError as e:
+        sink.warn(f"answers are not kept: {e.message} WISE_CACHE names another folder")
+        return None
+    return folder
+
+
+def _options(
+    open_gate: bool,
+    ability: bool,
+    text: Path | None,
+    batch_size: int,
+    cache: Path | None,
+    located: Located,
+    side_memory: Path | None,
+    router: str | None,
+) -> EvalOptions:
+    from wisecli.evaluation.ability import read_texts
+    from wisecli.evaluation.evaluate import EvalOptions
+
+    return EvalOptions(
+        open_gate=open_gate,
+        ability=ability,
+        texts=read_texts(text) if text is not None else None,
+        batch_size=batch_size,
+        cache=cache,
+        dataset={"name": located.name, "file": located.path.name, "revision": located.revision},
+        side_memory=str(side_memory) if side_memory is not None else None,
+        router=router,
+    )
+
+
+def _existing(
+    sink: Output,
+    base: Base,
+    stream: EditStream,
+    sm: SideMemory | None,
+    options: EvalOptions,
+    allow_other_base: bool,
+) -> EvalReport:
+    """Ask a side memory that exists already; the base alone where there is none."""
+    from wisecli.evaluation.evaluate import Evaluation
+    from wisecli.routing.attach import attach
+
+    if sm is None:
+        return _ask(sink, Evaluation(base, stream, None, options=options))
+    _warn_missing(sink, sm, [r.id for r in stream.records])
+    with attach(base.model, sm, router=options.router, allow_other_base=allow_other_base) as attached:
+        return _ask(sink, Evaluation(base, stream, attached, sm.chat, options))
+
+
 def _ask(sink: Output, run: Any) -> EvalReport:
+    """Run an evaluation to its end, showing what it is at."""
     with sink.progress() as bar:
-        task = bar.add_task("asking", total=run.total)
-        for done in run:
-            bar.update(task, completed=done)
+        task, stage = bar.add_task("asking", total=None), None
+        for step in run:
+            if step.stage != stage:
+                stage = step.stage
+                bar.reset(task, total=step.total, description=stage)
+            bar.update(task, completed=step.done)
     return run.report
 
 
-def _warn_missing(sink: Output, sm: Any, ids: list[str]) -> None:
+def _harness(
+    sink: Output,
+    report: EvalReport,
+    base: Base,
+    sm: SideMemory | None,
+    tasks: list[str],
+    limit: int | None,
+    include: Path | None,
+    attaching: dict[str, Any],
+) -> EvalReport:
+    from wisecli.harness import run_harness
+    from wisecli.routing.attach import attach
+
+    chat = bool(sm and sm.chat)
+    on = attach(base.model, sm, **attaching) if sm is not None else nullcontext()
+    with sink.progress() as bar, on as attached:
+        task = bar.add_task("lm-evaluation-harness", total=None)
+
+        def step(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        found = run_harness(base, attached, tasks, limit=limit, include=include, chat=chat, progress=step)
+    return report.with_sections(harness=found)
+
+
+def _warn_missing(sink: Output, sm: SideMemory, ids: list[str]) -> None:
     known = {e.id for e in sm.edits}
     missing = [i for i in ids if i not in known]
     if missing:
@@ -108,39 +351,6 @@ def _warn_endless(sink: Output, base: Base) -> None:
         sink.warn("the base's tokenizer has no EOS: answers cannot end by themselves; exact scores will be 0")
 
 
-def _show(sink: Output, report: EvalReport, title: str, attached: bool) -> None:
-    rows = []
-    for name, label in _NAMES.items():
-        exact, token = report.scores[name]["exact"], report.scores[name]["token"]
-        if not exact["n"]:
-            continue
-        before = (figure(exact["before"]), figure(token["before"]))
-        after = (figure(exact["after"]), figure(token["after"])) if attached else ("-", "-")
-        routed = figure(report.routed[name]) if attached else "-"
-        rows.append((label, before[0], after[0], before[1], after[1], routed, str(exact["n"])))
-    columns = ("", "exact before", "exact after", "token before", "token after", "routed", "prompts")
-    sink.table(title, columns, rows)
-    if report.superseded:
-        sink.line(f"{report.superseded} edits are contradicted by later ones and were not scored.")
-    if attached:
-        _show_failures(sink, report)
-    else:
-        sink.line("No side memory was given: this is the base alone.")
-
-
-def _show_failures(sink: Output, report: EvalReport) -> None:
-    """A few prompts that went wrong, so that figures have a face."""
-    wrong = [i for i in report.items if not i.exact[1]]
-    if not wrong:
-        return
-    rows = []
-    for item in wrong[:_SHOWN]:
-        wanted = item.question.target if item.question.target is not None else item.before
-        side = "side" if item.route and item.route.routed else "main"
-        rows.append((item.question.kind, short(item.question.prompt), short(wanted, 30), short(item.after, 30), side))
-    sink.table(f"{len(wrong)} wrong, for example", ("kind", "prompt", "wanted", "answered", "memory"), rows, left=5)
-
-
 def _check(report: EvalReport, minima: dict[str, float | None]) -> None:
     from wisecli.errors import CheckFailed
 
@@ -148,8 +358,8 @@ def _check(report: EvalReport, minima: dict[str, float | None]) -> None:
     for name, least in minima.items():
         got = report.scores[name]["exact"]["after"]
         if least is not None and got is None:
-            short_of.append(f"{_NAMES[name]} cannot be checked: the dataset has no prompts for it")
+            short_of.append(f"{NAMES[name]} cannot be checked: the dataset has no prompts for it")
         elif least is not None and got is not None and got < least:
-            short_of.append(f"{_NAMES[name]} is {figure(got)}, below {least}")
+            short_of.append(f"{NAMES[name]} is {figure(got)}, below {least}")
     if short_of:
-        raise CheckFailed("; ".join(short_of) + ".", hint="--out FILE writes every prompt with its answers.")
+        raise CheckFailed("; ".join(short_of) + ".", hint="--out FOLDER writes every prompt with its answers.")
