@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CHAT_TEMPLATE, build_tokenizer
+from conftest import CHAT_TEMPLATE, build_model, build_tokenizer
 
 import wisecli.cli.app as application
 from wisecli.cli._errors import guarded
@@ -27,6 +27,7 @@ from wisecli.cli.eval import _warn_endless
 from wisecli.cli.merge import _warn_open
 from wisecli.data.pool import ordinary_prompts
 from wisecli.data.stream import read_edits
+from wisecli.errors import InputError, OutputError
 
 EDITS = Path(__file__).parents[1] / "examples" / "edits.jsonl"
 GOOD = '{"prompt": "The capital of France is", "target": "Lyon"}\n'
@@ -485,6 +486,91 @@ def test_eval_learns_what_edit_and_merge_would(
     assert results["side_memory"]["edits"] == len(TINY)
 
 
+def test_eval_says_what_it_leaves_out_and_what_was_not_learned(
+    learned: Path, few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [dict(r) for r in TINY]
+    records[1] |= {"rephrases": [records[0]["prompt"].upper(), "when Spain"]}
+    records[2] |= {"locality": [{"prompt": f" {records[3]['prompt']}"}, {"prompt": records[0]["rephrases"][0]}]}
+    records += [{"id": "more", "prompt": "who", "target": "x"}, {"id": "most", "prompt": "who", "target": "y"}]
+    few.write_text("".join(json.dumps(r) + "\n" for r in records))
+    argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK)
+    said = {
+        "1 edits are contradicted by later ones and were not scored.": True,
+        "1 rephrases ask what another edit changes otherwise and were not scored.": True,
+        "2 locality probes ask what an edit changes and were not scored.": True,
+        "2 edits are not in the side memory, and were scored all the same.": False,
+    }
+    code, out, err = run(capsys, *argv, "-s", learned / "out" / "sm.safetensors")
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if line]
+    assert [line for line in lines if line in said] == list(said)
+    assert "2 of 6 edits of this dataset are not in the side memory" in err
+    code, out, err = run(capsys, *argv)  # the base alone: nothing was learned, nothing is missing
+    assert code == 0, err
+    assert [line for line in out.splitlines() if line in said] == [line for line, plain in said.items() if plain]
+    code, out, err = run(capsys, *argv, "-o", tmp_path / "r.json", "--json")
+    assert code == 0, err
+    about = json.loads(out)["dataset"]
+    assert about["left_out"] == {"rephrases": 1, "probes": 2}
+    assert (about["superseded"], about["duplicates"], about["missing"]) == (1, 0, None)
+    few.write_text("".join(json.dumps(r) + "\n" for r in TINY))
+    code, out, err = run(capsys, *argv, "-s", learned / "out" / "sm.safetensors")
+    assert code == 0, err
+    assert "not scored" not in out
+    assert "not in the side memory" not in out + err
+
+
+def test_results_are_safe_before_the_harness_runs(
+    learned: Path, few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """The harness may run for hours and fail; what was asked is on disk by then, and again complete after it."""
+    seen: list[dict[str, Any]] = []
+    out = tmp_path / "out"
+    found = {"tasks": {"some_task": {"acc": {"before": 0.5, "after": 0.25}}}}
+
+    def harness(*_: Any, **__: Any) -> dict[str, Any]:
+        seen.append(json.loads((out / "results.json").read_text()))
+        assert "<html" in (out / "report.html").read_text()
+        assert len(list((tmp_path / "cache" / "answers").iterdir())) == 1  # the base's; there is nothing to go on with
+        if len(seen) == 1:
+            raise InputError("the harness failed.", hint="None.")
+        return found
+
+    monkeypatch.setattr("wisecli.harness.check_tasks", lambda *_: None)
+    monkeypatch.setattr("wisecli.harness.run_harness", harness)
+    side_memory = learned / "out" / "sm.safetensors"
+    argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK, "-s", side_memory, "-o", out, "--harness", "some_task")
+    code, stdout, err = run(capsys, *argv)
+    assert (code, "the harness failed" in err) == (1, True)
+    assert "Wrote" not in stdout
+    code, stdout, err = run(capsys, *argv)
+    assert code == 0, err
+    assert f"Wrote {out / 'results.json'}, {out / 'report.html'}. Next:" in " ".join(stdout.split())
+    assert [s["harness"] for s in seen] == [None, None]
+    written = json.loads((out / "results.json").read_text())
+    assert written["harness"] == found
+    assert timeless(written) == timeless(seen[0] | {"harness": found}) == timeless(seen[1] | {"harness": found})
+
+
+def test_a_report_that_cannot_be_written_costs_no_answers(
+    learned: Path, few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    side_memory = learned / "out" / "sm.safetensors"
+    argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK, "-s", side_memory, "-o", tmp_path / "r.json", "-q")
+    answers = tmp_path / "cache" / "answers"
+
+    def full(*_: Any) -> None:
+        raise OutputError("Cannot write.", hint="Free space.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("wisecli.memory.files.write_json", full)
+        assert run(capsys, *argv)[0] == 1
+    assert len(list(answers.iterdir())) > 1
+    assert run(capsys, *argv)[0] == 0
+    assert len(list(answers.iterdir())) == 1
+
+
 def test_package_takes_the_results_of_eval(learned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = learned / "out"
     argv = ("package", out / "sm.safetensors", "--eval", out / "results.json", "--no-measure", "-o", tmp_path / "p")
@@ -517,22 +603,38 @@ def test_eval_while_learning(
     assert "<html" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_eval_with_rollbacks_and_wilke_needs_no_folder(
+def test_eval_with_rollbacks_needs_no_folder(
     few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK, "--json")
-    code, out, err = run(capsys, *argv, "--t", "1,2", "-o", tmp_path / "t.json")
+    argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK)
+    code, out, err = run(capsys, *argv, "--t", "1,3", "-o", tmp_path / "t.json", "--json")
     assert code == 0, err
     found = json.loads(out)["rollbacks"]
-    assert [(r["t"], r["groups"], r["identical"]) for r in found] == [(1, 4, True), (2, 2, True)]
+    assert [(r["t"], r["groups"], r["left_out"], r["identical"]) for r in found] == [(1, 4, 0, True), (3, 1, 1, True)]
+    assert json.loads(out)["routing"]["router"] == json.loads(out)["protocol"]["router"] == "key"
     assert json.loads((tmp_path / "t.json").read_text())["protocol"] == json.loads(out)["protocol"]
-    code, out, err = run(capsys, *argv, "--protocol", "wilke")
+    assert len(list((tmp_path / "cache" / "answers").iterdir())) == 1
+
+
+def test_eval_by_wilke_s_protocol_needs_no_folder(
+    few: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base that says nothing but words, and then stops, has answers that can be gone back to."""
+    model = build_model("llama", len(tokenizer), seed=3)
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    silent = [i for i, p in enumerate(pieces) if i != tokenizer.eos_token_id and not (p[0] == "Ġ" and len(p) > 3)]
+    model.lm_head.weight[silent] = 0
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    argv = ("eval", "-d", few, "-m", tmp_path / "base", *QUICK, "--protocol", "wilke")
+    code, out, err = run(capsys, *argv, "--json")
     assert code == 0, err
     section = json.loads(out)["wilke"]
-    assert section["edited"] == section["checkpoints"][-1] == (len(TINY) - section["left_out"]) // 2
-    code, out, err = run(capsys, *argv[:-1], "--protocol", "wilke")
+    assert (section["known"], section["left_out"], section["edited"], section["checkpoints"]) == (2, 2, 1, [1])
+    code, out, err = run(capsys, *argv)
     assert code == 0, err
     assert "WilKE" in out
+    assert len(list((tmp_path / "cache" / "answers").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -552,6 +654,12 @@ def test_eval_with_rollbacks_and_wilke_needs_no_folder(
         (("--t", "0"), "0"),
         (("--t", "1,9"), "9"),
         (("--png",), "--out"),
+        (("-o", "page.html"), "--out"),
+        (("-o", "page.htm"), "--out"),
+        (("-o", "deep/page.md"), "--out"),
+        (("-o", "plot.png", "--png"), "--out"),
+        (("--protocol", "wilke", "--shards", "2"), "--shards"),
+        (("--protocol", "wilke", "--block", "1"), "--block"),
         (("--t", "1", "--harness", "arc_easy"), "--harness"),
         (("--batch-size", "0"), "batch-size"),
         (("--min-rel", "1.5"), "min-rel"),

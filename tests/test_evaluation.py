@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from conftest import KINDS
 
 from wisecli.data.records import SAME_RELATION, SAME_SUBJECT, UNRELATED, EditRecord, Probe
 from wisecli.data.stream import EditStream
+from wisecli.editing.editor import SUPERSEDED
 from wisecli.errors import InputError
 from wisecli.evaluation import answers as answering
 from wisecli.evaluation.answers import GREEDY, SLACK, Forced, answer_cap, force, force_each, generate_answers
 from wisecli.evaluation.asking import Asker, Progress, drain
-from wisecli.evaluation.evaluate import EvalOptions, EvalReport, Evaluation, evaluate
-from wisecli.evaluation.questions import EDIT, REPHRASE, Item, questions_of
+from wisecli.evaluation.evaluate import EvalOptions, EvalReport, Evaluation, as_learned, evaluate, missing_of
+from wisecli.evaluation.questions import EDIT, REPHRASE, Item, ask_of, questions_of
 from wisecli.evaluation.recall import measure
 from wisecli.evaluation.scores import (
     METRICS,
@@ -185,8 +187,10 @@ def test_scores_do_not_depend_on_the_batch(
 ) -> None:
     base, sm = make(kind)
     reports = [evaluate(base, stream, sm, options=EvalOptions(batch_size=n, ability=False)) for n in (1, 2, 3, 8, 64)]
-    monkeypatch.setattr(answering, "TOKENS", 60)
-    reports.append(evaluate(base, stream, sm, options=PLAIN))
+    for bound, small in (("TOKENS", 60), ("LOGITS", 7 * len(base.tokenizer))):
+        with monkeypatch.context() as patched:
+            patched.setattr(answering, bound, small)
+            reports.append(evaluate(base, stream, sm, options=PLAIN))
     first = reports[0]
     for other in reports[1:]:
         assert other.scores == first.scores
@@ -249,6 +253,80 @@ def test_target_perplexity_is_that_of_transformers_own_loss(make: Make, stream: 
     assert section["before"]["mean"] == pytest.approx(sum(values) / len(values), rel=1e-3)
     assert section["before"]["median"] == pytest.approx(sorted(values)[1] / 2 + sorted(values)[2] / 2, rel=1e-3)
     assert section["before"]["clipped"] == pytest.approx(sum(min(v, 100) for v in values) / len(values), rel=1e-3)
+
+
+def test_a_probe_with_an_answer_says_whether_it_is_given(make: Make, stream: EditStream) -> None:
+    """Apart from whether the base's own tokens are: `answered` is of the dataset's answer, `match` of the base's."""
+    base, sm = make()
+    encoder = PromptEncoder(base.tokenizer)
+    items = evaluate(base, stream, sm, options=PLAIN).items
+    for item in items:
+        q = item.question
+        assert (item.answered is None) == (q.edited or q.answer is None)
+        if item.answered is not None:
+            shares = [oracle(base, encoder, q.prompt, str(q.answer), s)[0] for s in (None, sm)]
+            assert item.answered == tuple(s == 1.0 for s in shares)
+        assert Item.from_json(json.loads(json.dumps(item.to_json()))) == item
+    assert any(i.answered == (False, False) and i.match and i.match[1] for i in items)
+    words = ("where", "who", "what", "hello", "world", "France", "Paris", "is")
+    prompts = [f"{a} {b}" for a in words for b in words]
+    said = dict(generate_answers(base, encoder, prompts, [1] * len(prompts)))
+    fit = [i for i, p in enumerate(prompts) if said[i].ids == encoder.pair(p, said[i].text, eos=False).target]
+    prompt, text = prompts[fit[0]], said[fit[0]].text
+    probes = (Probe(prompt, text, SAME_SUBJECT), Probe(prompt, f"{text}?!", SAME_RELATION))
+    found = evaluate(base, EditStream.of([EditRecord("e", "hello", "x", locality=probes)]), options=PLAIN).items[1:]
+    assert [i.answered for i in found] == [(True, True), (False, False)]
+    assert [i.match for i in found] == [(True, True), (True, True)]
+
+
+@pytest.mark.parametrize("router", ["key", "activation"])
+def test_rows_of_a_part_that_main_memory_answers_are_the_base_s_own(
+    make: Make, stream: EditStream, router: str
+) -> None:
+    """What the base said is replaced by marks: a part asked takes them over, all asked does not."""
+    base, sm = make(router=router)
+    asker = Asker(base, questions_of(stream))
+    encoder = PromptEncoder(base.tokenizer)
+    with attach(base.model, sm) as on:
+        found = sorted(on.decide(encoder.batch([encoder.prompt(p)]))[0].indicator for p in asker.prompts)
+    base, sm = make(router=router, epsilon=(found[len(found) // 2] + found[len(found) // 2 - 1]) / 2)
+    drain(asker.before())
+    for kept in (asker._forced, asker._forced_contrasts):
+        kept |= {i: dataclasses.replace(f, nll=(7.5,) * len(f.nll)) for i, f in kept.items()}
+    asker._answers = {p: dataclasses.replace(a, text=f"mark {a.text}") for p, a in asker._answers.items()}
+    which = list(range(0, len(asker.questions), 2))
+    with attach(base.model, sm) as on:
+        part, whole = drain(asker.after(on, which)), drain(asker.after(on))
+    routed = {i.route.routed for i in part if i.route is not None}
+    assert routed == {True, False}
+    for item, at in zip(part, which, strict=True):
+        assert item.question == asker.questions[at]
+        other = whole[at]
+        assert other.route is not None
+        assert item.route is not None
+        assert (item.route.memory, item.route.edit) == (other.route.memory, other.route.edit)
+        assert item.route.indicator == pytest.approx(other.route.indicator, abs=1e-4)
+        shut = not item.route.routed
+        assert item.after.startswith("mark ") == shut
+        assert not other.after.startswith("mark ")
+        for pair, own in ((item.nll, other.nll), (item.contrast, other.contrast)):
+            if pair is not None and own is not None:
+                assert (pair[1] == 7.5) == shut
+                assert own[1] != 7.5
+
+
+def test_a_part_is_bitwise_the_base_where_main_memory_answers(make: Make, stream: EditStream) -> None:
+    base, sm = make(epsilon=2.0)
+    asker = Asker(base, questions_of(stream), batch_size=3)
+    drain(asker.before())
+    with attach(base.model, sm) as on:
+        for at in range(len(asker.questions)):
+            (item,) = drain(asker.after(on, [at]))
+            assert item.before == item.after
+            for pair in (item.exact, item.token, item.match, item.answered, item.nll, item.contrast):
+                assert pair is None or pair[0] == pair[1]
+            assert item.route is not None
+            assert not item.route.routed
 
 
 # -- what changes nothing ----------------------------------------------------------------------------------------------
@@ -436,8 +514,8 @@ def test_superseded_edits_are_left_out_and_counted(make: Make) -> None:
     assert report.sections["ood"] is None
 
 
-def test_one_prompt_with_two_targets_and_two_kinds(make: Make, asked: list[int]) -> None:
-    """A probe of one edit is the prompt of another: asked once, judged twice, each by its own."""
+def test_one_prompt_with_two_targets(make: Make, asked: list[int]) -> None:
+    """A rephrase that two edits share is asked once and judged twice; a probe that is another's prompt is no probe."""
     base, sm = make()
     encoder = PromptEncoder(base.tokenizer)
     long, short = "what who where world when", "is"
@@ -448,9 +526,9 @@ def test_one_prompt_with_two_targets_and_two_kinds(make: Make, asked: list[int])
     report = evaluate(base, EditStream.of(records), sm, options=EvalOptions(ability=False, open_gate=False))
     assert len(asked) == 2
     by = {(i.question.edit, i.question.kind): i for i in report.items}
-    assert len(by) == 6
-    assert by["a", EDIT].after == by["b", UNRELATED].after
-    assert by["b", EDIT].after == by["a", UNRELATED].after
+    assert sorted(by) == [("a", EDIT), ("a", REPHRASE), ("b", EDIT), ("b", REPHRASE)]
+    assert report.sections["dataset"]["left_out"] == {"rephrases": 0, "probes": 2}
+    assert report.scores["loc"]["exact"]["n"] == 0
     cap = len(encoder.pair("when", long, eos=False).target) + SLACK
     with attach(base.model, sm) as on:
         said = dict(generate_answers(base, encoder, ["when"], [cap], on))[0]
@@ -459,6 +537,102 @@ def test_one_prompt_with_two_targets_and_two_kinds(make: Make, asked: list[int])
         assert item.after == said.text
         assert item.token is not None
         assert item.token[1] == pytest.approx(oracle(base, encoder, "when", target, sm)[0])
+
+
+def _prompts(stream: EditStream, kind: str) -> list[tuple[str, str]]:
+    return [(q.edit, q.prompt) for q in questions_of(stream) if q.kind == kind]
+
+
+def test_a_rephrase_that_another_edit_learns_otherwise_is_left_out() -> None:
+    """White space and capitals aside; with the same target, or as another's rephrase only, it stays."""
+    stream = EditStream.of(
+        [
+            EditRecord("a", "Who rules", "Ann", rephrases=("the  ruler IS", "who leads", "who rules", "one more")),
+            EditRecord("b", "The ruler is", "Bob", rephrases=("Who Leads", "who is it")),
+            EditRecord("c", "who is it", "Bob", rephrases=("WHO RULES ",)),
+        ]
+    )
+    asked = ask_of(stream)
+    assert (asked.rephrases, asked.probes) == (2, 0)
+    assert _prompts(stream, REPHRASE) == [
+        *(("a", "who leads"), ("a", "who rules"), ("a", "one more"), ("b", "Who Leads"), ("b", "who is it")),
+    ]
+    assert list(asked.questions) == questions_of(stream)
+    assert len(_prompts(stream, EDIT)) == 3
+
+
+@pytest.mark.parametrize("kind", [UNRELATED, SAME_RELATION, SAME_SUBJECT])
+def test_a_probe_that_an_edit_changes_is_left_out(kind: str) -> None:
+    """Whether it is the edit's own prompt or another's, a prompt or a rephrase."""
+    wanted = ("who is who", "rules", "where is who")
+    same = ("Who  rules", "the ruler is ", "who leads", "the leader is")
+    stream = EditStream.of(
+        [
+            EditRecord("a", "who rules", "Ann", rephrases=("who leads",)),
+            EditRecord("b", "The ruler is", "Ann", locality=tuple(Probe(p, "x", kind) for p in (*same, *wanted))),
+            EditRecord("c", "who pays", "Eve", rephrases=("The leader is",), locality=(Probe(wanted[0], None, kind),)),
+        ]
+    )
+    asked = ask_of(stream)
+    assert (asked.rephrases, asked.probes) == (0, 4)
+    assert _prompts(stream, kind) == [*(("b", p) for p in wanted), ("c", wanted[0])]
+
+
+def test_what_a_superseded_edit_wanted_leaves_nothing_out() -> None:
+    stream = EditStream.of(
+        [
+            EditRecord("old", "who rules", "Ann", rephrases=("who leads",)),
+            EditRecord("other", "who pays", "Eve", rephrases=("who rules",), locality=(Probe("who leads"),)),
+            EditRecord("new", "who rules", "Eve"),
+        ]
+    )
+    asked = ask_of(stream)
+    assert (asked.rephrases, asked.probes) == (0, 0)
+    assert [(q.edit, q.kind) for q in asked.questions] == [
+        *(("other", EDIT), ("other", REPHRASE), ("other", UNRELATED), ("new", EDIT)),
+    ]
+
+
+def test_a_report_counts_what_is_twice_and_what_was_not_learned(make: Make) -> None:
+    base, sm = make()
+    records = [
+        EditRecord("e0", FACTS[0][0], "Paris"),
+        EditRecord("x", FACTS[0][0].upper(), "Paris", rephrases=(FACTS[2][0],)),
+        EditRecord("e1", FACTS[2][0], "world"),
+    ]
+    sm = dataclasses.replace(sm, edits=tuple(dataclasses.replace(e, target="Paris") for e in sm.edits))
+    stream = EditStream.of(records)
+    about = evaluate(base, stream, sm, options=PLAIN).sections["dataset"]
+    assert (about["duplicates"], about["missing"]) == (1, 2)
+    assert about["left_out"] == {"rephrases": 1, "probes": 0}
+    assert evaluate(base, stream, options=PLAIN).sections["dataset"]["missing"] is None
+
+
+def test_what_a_side_memory_does_not_hold(make: Make) -> None:
+    _, sm = make()
+    sm = dataclasses.replace(sm, edits=tuple(dataclasses.replace(e, target="Paris") for e in sm.edits))
+    held = EditRecord("e0", FACTS[0][0], "Paris")
+    renamed = dataclasses.replace(held, id="e7")
+    other_target = EditRecord("e1", FACTS[2][0], "world")
+    stream = EditStream.of([held, renamed, other_target])
+    assert missing_of(stream, sm) == ["e7", "e1"]
+    without = tuple(dataclasses.replace(e, prompt=None, target=None) for e in sm.edits)
+    assert missing_of(stream, dataclasses.replace(sm, edits=without)) == ["e7"]  # known by their ids alone
+
+
+def test_an_edit_that_was_superseded_when_it_was_learned_is_superseded(make: Make) -> None:
+    """Only a part of what was learned is asked, and the edit that contradicts it is not among it."""
+    base, sm = make()
+    stream = EditStream.of([EditRecord("e0", FACTS[0][0], "Paris"), EditRecord("e1", FACTS[2][0], "Paris")])
+    outcomes = tuple(dataclasses.replace(e, details={"outcome": SUPERSEDED}) for e in sm.edits[:1])
+    beaten = dataclasses.replace(sm, edits=(*outcomes, *sm.edits[1:]))
+    assert as_learned(stream, sm) == stream
+    assert as_learned(stream, beaten).superseded == {"e0"}
+    assert as_learned(EditStream.of(stream.records[1:]), beaten).superseded == frozenset()
+    report = evaluate(base, stream, beaten, options=PLAIN)
+    assert {i.question.edit for i in report.items} == {"e1"}
+    assert (report.superseded, report.scores["rel"]["exact"]["n"]) == (1, 1)
+    assert evaluate(base, stream, sm, options=PLAIN).superseded == 0
 
 
 def test_probes_to_which_the_base_says_nothing(make: Make) -> None:
@@ -507,6 +681,38 @@ def test_the_report_names_the_side_memory(make: Make, stream: EditStream) -> Non
     assert (s["dataset"]["edits"], s["dataset"]["digest"]) == (len(stream), stream.digest)
 
 
+@pytest.mark.parametrize(
+    ("epsilon", "shown"),
+    [((0.9, 0.8), [0.8, 0.9]), ((0.8, 0.8), [0.8]), ((0.5, math.inf), [0.5, None]), ((math.inf, math.inf), [None])],
+    ids=str,
+)
+def test_thresholds_are_shown_once_as_they_were_set(
+    make: Make,
+    make_side_memory: Any,
+    random_delta: Any,
+    stream: EditStream,
+    epsilon: tuple[float, ...],
+    shown: list[float | None],
+    tmp_path: Path,
+) -> None:
+    """Also when they were read from the cache, which knows no infinity."""
+    base, sm = make()
+    shape = (sm.site.d_out, sm.site.d_in)
+    deltas = [random_delta(shape, seed=s) for s in (1, 2)]
+    prompts = [FACTS[0][0], FACTS[2][0]]
+    limits = [{"key": e} for e in epsilon]
+    two = make_side_memory(base.model, prompts, deltas=deltas, memory_of=[0, 1], epsilon=limits)
+    for _ in range(2):
+        with attach(base.model, two) as on:
+            run = Evaluation(base, stream, on, options=EvalOptions(ability=False, cache=tmp_path))
+            for _ in run:
+                pass
+        assert run.report is not None
+        assert run.report.routing is not None
+        assert run.report.routing["epsilon"] == shown
+        assert json.loads(json.dumps(run.report.to_json(), allow_nan=False))["routing"]["epsilon"] == shown
+
+
 def test_results_are_json_with_every_section(make: Make, stream: EditStream) -> None:
     base, sm = make()
     document = json.loads(json.dumps(evaluate(base, stream, sm, options=PLAIN).to_json(), allow_nan=False))
@@ -547,6 +753,36 @@ def test_rows_come_back_in_their_order(make: Make) -> None:
     assert sorted(each) == [0, 1, 2, 3]
     assert [each[i] for i in range(4)] == force(base, encoder, rows, batch_size=2)
     assert all(isinstance(f, Forced) and len(f.predicted) == len(f.nll) for f in each.values())
+
+
+@pytest.mark.parametrize("most", [1, 5, 8, 10**6])
+def test_targets_times_vocabulary_are_bounded_in_a_batch(
+    make: Make, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """A row alone may exceed the bound; the results are those of a single batch."""
+    base, _ = make()
+    encoder = PromptEncoder(base.tokenizer)
+    rows = [encoder.pair(p, t, eos=False) for p, t in FACTS] * 2
+    want = force(base, encoder, rows)
+    led: list[list[int]] = []
+
+    def note(*args: Any) -> Any:
+        led.append([len(r.target) for r in args[2]])
+        return old(*args)
+
+    old = answering._led
+    monkeypatch.setattr(answering, "_led", note)
+    vocabulary = base.model.config.vocab_size
+    monkeypatch.setattr(answering, "LOGITS", most * vocabulary + vocabulary // 2)
+    got = force(base, encoder, rows)
+    assert all(sum(batch) <= most or len(batch) == 1 for batch in led)
+    assert sum(map(len, led)) == len(rows)
+    assert sorted(n for batch in led for n in batch) == sorted(len(r.target) for r in rows)
+    assert all(sum(batch) + following[0] > most for batch, following in pairwise(led))  # none is cut too early
+    assert (len(led) == 1) == (most == 10**6)
+    for a, b in zip(got, want, strict=True):
+        assert a.predicted == b.predicted
+        assert a.nll == pytest.approx(b.nll, abs=1e-4)
 
 
 # -- what a checkpoint asks for ----------------------------------------------------------------------------------------

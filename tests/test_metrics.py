@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from wisecli.evaluation import metrics
@@ -18,6 +18,7 @@ from wisecli.evaluation.metrics import (
     all_tokens_match,
     auc,
     bootstrap_interval,
+    exact_interval,
     exact_match,
     harmonic_mean,
     mean,
@@ -77,6 +78,7 @@ def test_the_mean_of_nothing_is_none() -> None:
 # -- likelihoods -------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)  # the first call of torch takes a while
 @given(st.integers(1, 20), st.integers(0, 10_000))
 def test_perplexity_is_exp_of_the_cross_entropy(tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -237,6 +239,39 @@ def test_intervals_cover_the_truth_where_questions_hang_together() -> None:
         alone += low <= 0.6 <= high
     assert 0.90 <= covered / 300 <= 0.98
     assert alone / 300 < 0.85  # as if the questions were independent: far too sure
+
+
+@pytest.mark.parametrize(
+    ("clusters", "level", "bound"),
+    [(1, 0.95, 0.975), (10, 0.95, 0.308497), (3, 0.5, 1 - 0.25 ** (1 / 3)), (1000, 0.95, 0.003682)],
+)
+def test_exact_bounds_of_no_success_and_of_no_failure(clusters: int, level: float, bound: float) -> None:
+    """Known values of Clopper and Pearson's interval; failures and successes mirror one another."""
+    zeros = exact_interval([0.0] * clusters, range(clusters), level=level)
+    ones = exact_interval([True] * clusters, range(clusters), level=level)
+    assert zeros == (0.0, pytest.approx(bound, abs=1e-6))
+    assert ones == (pytest.approx(1 - bound, abs=1e-6), 1.0)
+
+
+@given(st.integers(1, 400), st.floats(0.5, 0.999))
+def test_an_exact_bound_is_the_share_that_makes_what_was_seen_just_unlikely_enough(n: int, level: float) -> None:
+    _, high = exact_interval([0] * n, range(n), level=level) or (0, 0)
+    low, _ = exact_interval([1] * n, range(n), level=level) or (0, 0)
+    assert (1 - high) ** n == pytest.approx((1 - level) / 2)  # P(no success in n | high)
+    assert low**n == pytest.approx((1 - level) / 2)  # P(no failure in n | low)
+    assert 0 < low <= 1
+    assert 0 <= high < 1
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.booleans())
+def test_questions_of_one_edit_are_one_trial(clusters: list[int], value: bool) -> None:
+    alone = sorted(set(clusters))
+    assert exact_interval([value] * len(clusters), clusters) == exact_interval([value] * len(alone), alone)
+
+
+@pytest.mark.parametrize("values", [[], [0.0, 1.0], [1, 1, 0], [0.5, 0.5], [0.5], [0.0, 1e-9], [2, 2]], ids=str)
+def test_other_values_have_no_exact_interval(values: list[float]) -> None:
+    assert exact_interval(values, range(len(values))) is None
 
 
 # -- gates -------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,17 @@ from hypothesis import strategies as st
 
 from wisecli.data.records import SAME_RELATION, SAME_SUBJECT, UNRELATED
 from wisecli.evaluation.evidence import routing_evidence
+from wisecli.evaluation.metrics import bootstrap_interval, exact_interval
 from wisecli.evaluation.questions import EDIT, REPHRASE, Item, Question
-from wisecli.evaluation.scores import average_of, open_of, perplexity_of, probability_of, scores_of
+from wisecli.evaluation.scores import (
+    BOOTSTRAP_SEED,
+    average_of,
+    open_of,
+    perplexity_of,
+    probability_of,
+    scores_of,
+    summary,
+)
 from wisecli.routing.routers import Route
 
 
@@ -47,6 +56,7 @@ def items(draw: st.DrawFn) -> Item:
         draw(st.none() | shares),
         draw(st.none() | route),
         draw(st.none() | st.tuples(text, yes)),
+        draw(st.none() | st.tuples(yes, yes)),
     )
 
 
@@ -166,6 +176,24 @@ def test_scores_by_hand() -> None:
     assert ppl["gen"] == {"before": None, "after": None, "n": 0}
     partly = average_of(scores_of([i for i in hand if i.question.kind != UNRELATED]))
     assert (partly["exact"]["before"], partly["exact"]["after"]) == (None, None)
+
+
+def test_a_score_without_spread_has_the_exact_interval_and_any_other_the_bootstrap_s() -> None:
+    edits = ["a", "a", "b", "c", "c"]
+    pairs = [(False, True)] * 5
+    found = summary(list(zip(edits, pairs, strict=True)))
+    assert found["before_interval"] == list(exact_interval([0] * 5, edits) or ())
+    assert found["after_interval"] == list(exact_interval([1] * 5, edits) or ())
+    assert found["after_interval"] == [pytest.approx(0.025 ** (1 / 3)), 1.0]  # three edits, not five prompts
+    assert (found["before"], found["after"], found["n"]) == (0.0, 1.0, 5)
+    mixed = [(False, x) for x in (1, 1, 0, 1, 0)]
+    found = summary(list(zip(edits, mixed, strict=True)))
+    assert found["before_interval"] == [0.0, pytest.approx(1 - 0.025 ** (1 / 3))]
+    assert found["after_interval"] == list(bootstrap_interval([1, 1, 0, 1, 0], edits, seed=BOOTSTRAP_SEED) or ())
+    same = summary([("a", (0.5, 0.5)), ("b", (0.5, 0.5))])
+    assert same["after_interval"] == [0.5, 0.5]
+    nothing = summary([])
+    assert (nothing["before"], nothing["before_interval"], nothing["after_interval"]) == (None, None, None)
 
 
 def test_probability_comparisons_by_hand() -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 NAMES = {"rel": "reliability", "gen": "generalization", "loc": "locality", "loc_near": "locality, near"}
 _SHOWN = 5
 _STATISTICS = {"median": "median", "clipped": "mean cut at 100"}
+_PAGES = (".html", ".htm", ".md", ".png")
 _RESULTS, _REPORT, _PLOTS = "results.json", "report.html", "plots"
 
 
@@ -30,11 +31,14 @@ class Written:
 
         if png and out is None:
             raise UsageError("--png writes beside the results.", hint="Give --out FOLDER.")
+        if out is not None and out.suffix in _PAGES:
+            raise UsageError(f"{out} would be a folder.", hint="Give --out FOLDER; wise report makes a page alone.")
         alone = out is not None and out.suffix == ".json"
         self.folder = out.parent if out is not None and alone else out
         self.results = out if alone or out is None else out / _RESULTS
         self.page = None if alone or out is None else out / _REPORT
         self.plots = self.folder / _PLOTS if png and self.folder is not None else None
+        self.made: list[str] = []
         if self.folder is not None:
             ensure_writable(self.folder)
 
@@ -43,25 +47,29 @@ class Written:
         """What `--quiet` prints."""
         return self.results
 
-    def write(self, sink: Output, report: EvalReport, side_memory: Path | None) -> None:
-        """Write everything and say what and what next."""
+    def save(self, report: EvalReport) -> None:
+        """Write everything, in the place of what was written before."""
         if self.results is None:
             return
         from wisecli.memory.files import write_json
 
         document = report.to_json()
         write_json(self.results, document)
-        made = [str(self.results)]
+        self.made = [str(self.results)]
         if self.page is not None:
             from wisecli.report import write_report
 
-            made.append(str(write_report(document, self.page)))
+            self.made.append(str(write_report(document, self.page)))
         if self.plots is not None:
             from wisecli.report import write_plots
 
-            made.append(f"{len(write_plots(document, self.plots))} plots in {self.plots}")
-        following = f"wise package {side_memory} --eval {self.results}" if side_memory is not None else ""
-        sink.line(f"Wrote {', '.join(made)}.{' Next:' if following else ''}", command=following)
+            self.made.append(f"{len(write_plots(document, self.plots))} plots in {self.plots}")
+
+    def tell(self, sink: Output, side_memory: Path | None) -> None:
+        """Say what was written, and what next."""
+        if self.results is not None:
+            following = f"wise package {side_memory} --eval {self.results}" if side_memory is not None else ""
+            sink.line(f"Wrote {', '.join(self.made)}.{' Next:' if following else ''}", command=following)
 
 
 def show_report(sink: Output, report: EvalReport) -> None:
@@ -74,12 +82,26 @@ def show_report(sink: Output, report: EvalReport) -> None:
     sink.facts(list(_beside(s)))
     _show_rollbacks(sink, s["rollbacks"])
     _show_curve(sink, s["retention"])
-    if report.superseded and not s["rollbacks"]:
-        sink.line(f"{report.superseded} edits are contradicted by later ones and were not scored.")
+    if not s["rollbacks"]:
+        _show_left_out(sink, s["dataset"])
     if edited:
         _show_failures(sink, report)
     else:
         sink.line("No side memory was given: this is the base alone.")
+
+
+def _show_left_out(sink: Output, dataset: Mapping[str, Any]) -> None:
+    """What the stream itself makes unanswerable, or the side memory does not hold."""
+    left = dataset["left_out"] or {"rephrases": 0, "probes": 0}
+    counts = (
+        (dataset["superseded"], "edits are contradicted by later ones and were not scored"),
+        (left["rephrases"], "rephrases ask what another edit changes otherwise and were not scored"),
+        (left["probes"], "locality probes ask what an edit changes and were not scored"),
+        (dataset["missing"], "edits are not in the side memory, and were scored all the same"),
+    )
+    for n, text in counts:
+        if n:
+            sink.line(f"{n} {text}.")
 
 
 def _score_rows(report: EvalReport, edited: bool) -> Iterable[tuple[str, ...]]:

@@ -134,15 +134,19 @@ def evaluate(
         base = opt.base_of(sm.base if sm else {}, model, revision, dtype, device, trust_remote_code)
         _warn_endless(sink, base)
         if learning is None:
-            report = _existing(sink, base, stream, sm, options, allow_other_base)
+            run = _existing(sink, base, stream, sm, options, allow_other_base)
         else:
-            report = _ask(sink, learning.run(base, stream, options))
+            run = _ask(sink, learning.run(base, stream, options))
             sm = SideMemory.load(learning.side_memory) if harness is not None else None
+        report = run.report
+        written.save(report)
+        run.close()
         if harness is not None:
             attaching = {"router": router, "allow_other_base": allow_other_base}
             report = _harness(sink, report, base, sm, tasks, harness_limit, harness_include, attaching)
+            written.save(report)
         show_report(sink, report)
-        written.write(sink, report, side_memory)
+        written.tell(sink, side_memory)
         sink.result(report.to_json(), str(written.path) if written.path else None)
     _check(report, {"rel": min_rel, "gen": min_gen, "loc": min_loc})
 
@@ -190,6 +194,8 @@ class _Learning:
         into_folder = not sizes and protocol != "wilke"
         if into_folder and (out is None or out.suffix == ".json"):
             raise UsageError("Shards and side memory need a folder.", hint="Give --out FOLDER.")
+        if protocol == "wilke" and given.keys() & {"shards", "block"}:
+            raise UsageError("WilKE's protocol edits one by one in one shard.", hint="Leave --shards and --block out.")
         if harness is not None and not into_folder:
             raise UsageError("--harness needs one side memory.", hint="Use it with --side-memory or with --learn.")
         return cls(protocol, sizes, out, given)
@@ -288,20 +294,20 @@ def _existing(
     sm: SideMemory | None,
     options: EvalOptions,
     allow_other_base: bool,
-) -> EvalReport:
-    """Ask a side memory that exists already; the base alone where there is none."""
+) -> Any:
+    """Ask a side memory that exists already; the base alone where there is none. Gives the evaluation, ended."""
     from wisecli.evaluation.evaluate import Evaluation
     from wisecli.routing.attach import attach
 
     if sm is None:
         return _ask(sink, Evaluation(base, stream, None, options=options))
-    _warn_missing(sink, sm, [r.id for r in stream.records])
+    _warn_missing(sink, sm, stream)
     with attach(base.model, sm, router=options.router, allow_other_base=allow_other_base) as attached:
         return _ask(sink, Evaluation(base, stream, attached, sm.chat, options))
 
 
-def _ask(sink: Output, run: Any) -> EvalReport:
-    """Run an evaluation to its end, showing what it is at."""
+def _ask(sink: Output, run: Any) -> Any:
+    """Run an evaluation to its end, showing what it is at; gives it back."""
     with sink.progress() as bar:
         task, stage = bar.add_task("asking", total=None), None
         for step in run:
@@ -309,7 +315,7 @@ def _ask(sink: Output, run: Any) -> EvalReport:
                 stage = step.stage
                 bar.reset(task, total=step.total, description=stage)
             bar.update(task, completed=step.done)
-    return run.report
+    return run
 
 
 def _harness(
@@ -337,12 +343,13 @@ def _harness(
     return report.with_sections(harness=found)
 
 
-def _warn_missing(sink: Output, sm: SideMemory, ids: list[str]) -> None:
-    known = {e.id for e in sm.edits}
-    missing = [i for i in ids if i not in known]
+def _warn_missing(sink: Output, sm: SideMemory, stream: EditStream) -> None:
+    from wisecli.evaluation.evaluate import missing_of
+
+    missing = missing_of(stream, sm)
     if missing:
         sink.warn(
-            f"{len(missing)} of {len(ids)} edits of this dataset are not in the side memory; they are asked anyway"
+            f"{len(missing)} of {len(stream)} edits of this dataset are not in the side memory; they are asked anyway"
         )
 
 

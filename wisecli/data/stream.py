@@ -139,15 +139,20 @@ def _clashes(records: Sequence[EditRecord]) -> tuple[tuple[Clash, ...], tuple[Cl
     duplicates: list[Clash] = []
     contradictions: list[Clash] = []
     for record in records:
-        key = _squeeze(record.prompt).casefold()
+        key = prompt_key(record.prompt)
         before = last.get(key)
         if before is not None:
             same = _squeeze(before.target) == _squeeze(record.target)
             (duplicates if same else contradictions).append(Clash(before.id, record.id))
         last[key] = record
     finals = {key: _squeeze(record.target) for key, record in last.items()}
-    beaten = (r.id for r in records if finals[_squeeze(r.prompt).casefold()] != _squeeze(r.target))
+    beaten = (r.id for r in records if finals[prompt_key(r.prompt)] != _squeeze(r.target))
     return tuple(duplicates), tuple(contradictions), frozenset(beaten)
+
+
+def prompt_key(prompt: str) -> str:
+    """What two prompts that ask the same have in common: they may differ in white space and capitals."""
+    return _squeeze(prompt).casefold()
 
 
 def _squeeze(text: str) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 BATCH = 64
 TOKENS = 16_384  # of a padded batch at most: bounds memory where prompts are long
+LOGITS = 2**27  # numbers at most in the logits of one batch's targets: half a gigabyte in fp32
 LOSS_LIMIT = 1e4  # nats; half precision can overflow, and JSON has no infinity
 SLACK = 4  # tokens an answer may run beyond its target before it is cut: enough to see that it runs on
 PROBE_TOKENS = 16  # of the answer to a prompt without a target
@@ -198,7 +199,9 @@ def force_each(
     """
     seen = [len(r.prompt) for r in rows] if routed_on is None else list(routed_on)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for picked in _batches(order, [(len(r), 0) for r in rows], batch_size, sys.maxsize):
+    most = max(1, LOGITS // base.model.config.get_text_config().vocab_size)
+    sizes = [(len(r), 0) for r in rows]
+    for picked in _batches(order, sizes, batch_size, sys.maxsize, [len(r.target) for r in rows], most):
         key = digest_of(["force", [[rows[i].prompt, rows[i].target, seen[i]] for i in picked]])
         kept = store.get(key) if store else None
         if kept is None:
@@ -242,23 +245,31 @@ def context_of(base: Base) -> int:
 
 
 def _batches(
-    order: Sequence[int], sizes: Sequence[tuple[int, int]], batch_size: int, limit: int
+    order: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    batch_size: int,
+    limit: int,
+    targets: Sequence[int] | None = None,
+    most: int = sys.maxsize,
 ) -> Iterator[list[int]]:
     """Cut an order of rows into batches in which no row runs beyond the base's context while others go on.
 
     Args:
         sizes: (tokens, cap) of each row.
+        targets: supervised tokens of each row, of which a batch holds at most `most`.
     """
     picked: list[int] = []
-    longest = most = 0
+    longest = largest = led = 0
     for i in order:
-        length, cap = max(longest, sizes[i][0]), max(most, sizes[i][1])
-        full = len(picked) == batch_size or (length + cap) * (len(picked) + 1) > TOKENS
+        length, cap = max(longest, sizes[i][0]), max(largest, sizes[i][1])
+        led += targets[i] if targets is not None else 0
+        full = len(picked) == batch_size or (length + cap) * (len(picked) + 1) > TOKENS or led > most
         if picked and (full or length + cap > limit):
             yield picked
             picked, (length, cap) = [], sizes[i]
+            led = targets[i] if targets is not None else 0
         picked.append(i)
-        longest, most = length, cap
+        longest, largest = length, cap
     if picked:
         yield picked
 

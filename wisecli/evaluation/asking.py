@@ -1,8 +1,9 @@
 """Ask questions of a base, plain and with a side memory attached, and make items of the answers.
 
-The base is asked once, whatever is attached later; each state of the edited model is asked in the same batches, so
-rows that main memory answers come out the same to the last bit. Progress is yielded; results are returned. What the
-items add up to is `scores` and `evidence`; in which order edits are made and asked is `evaluate` and `protocols`.
+The base is asked once, whatever is attached later. A state of the edited model that is asked everything is asked in the
+same batches, so rows that main memory answers come out the same to the last bit; one that is asked a part only takes
+the base's answers for such rows, which in other company could differ in the last bit. Progress is yielded; results are
+returned. What the items add up to is `scores` and `evidence`; when to ask is `evaluate` and `protocols`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
+
+import torch
 
 from wisecli.data.records import EditRecord
 from wisecli.evaluation.answers import (
@@ -35,6 +38,7 @@ from wisecli.routing.attach import Attached
 from wisecli.versions import versions
 
 T = TypeVar("T")
+Seen = TypeVar("Seen", Answer, Forced)
 Steps = Generator["Progress", None, T]
 
 
@@ -94,6 +98,7 @@ class Asker:
         self.base, self.questions, self.batch_size = base, list(questions), batch_size
         self.encoder = PromptEncoder(base.tokenizer, chat=chat)
         self.prompts = list(dict.fromkeys(q.prompt for q in self.questions))
+        self.everything = False  # whether also what the stream contradicts is asked
         self.seconds: dict[str, float] = {}
         self._cache = cache if cache is not None and base.digest is not None else None
         self._journals: dict[Path, AnswerStore] = {}
@@ -102,6 +107,10 @@ class Asker:
         self._contrasts: list[Row | None] = []
         self._forced: dict[int, Forced] = {}
         self._forced_contrasts: dict[int, Forced] = {}
+        self._base_store: AnswerStore | None = None
+        self.places: dict[str, list[int]] = {}
+        for i, q in enumerate(self.questions):
+            self.places.setdefault(q.edit, []).append(i)
 
     # -- the base ------------------------------------------------------------------------------------------------------
 
@@ -131,6 +140,7 @@ class Asker:
             which: positions of the questions to ask; all when None.
             kept: keep finished batches in the cache until `close`, so that an interrupted evaluation can go on.
         """
+        everything = which is None
         which = range(len(self.questions)) if which is None else which
         if attached is None:
             plain = {i: self._forced[i] for i in which if i in self._forced}
@@ -143,6 +153,10 @@ class Asker:
         forced = yield from self._force(f"{stage}, forced", rows, attached, store)
         rows = [r if i in picked else None for i, r in enumerate(self._contrasts)]
         contrasts = yield from self._force(f"{stage}, contrasts", rows, attached, store)
+        if not everything:
+            answers = {p: _or_base(a, self._answers[p]) for p, a in answers.items()}
+            forced = {i: _or_base(f, self._forced[i]) for i, f in forced.items()}
+            contrasts = {i: _or_base(f, self._forced_contrasts[i]) for i, f in contrasts.items()}
         return [self._item(i, answers, forced, contrasts) for i in which]
 
     def opened(self, attached: Attached, items: Sequence[Item]) -> Steps[list[Item]]:
@@ -201,7 +215,14 @@ class Asker:
     def state(self) -> dict[str, Any]:
         """What decides the base's answers apart from the prompts."""
         model, tools = self.base.model, versions()
-        numbers = {"dtype": str(model.dtype), "device": str(model.device.type), "batch": self.batch_size}
+        device = model.device
+        numbers = {
+            "dtype": str(model.dtype),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "attention": getattr(model.config, "_attn_implementation", None),
+            "threads": torch.get_num_threads(),
+            "batch": self.batch_size,
+        }
         return {"base": self.base.digest, **numbers, "tools": tools}
 
     def store(self, about: Mapping[str, Any]) -> AnswerStore | None:
@@ -214,7 +235,9 @@ class Asker:
     def store_of(self, attached: Attached | None, more: Mapping[str, Any] | None = None) -> AnswerStore | None:
         """The store of a state of the model: the base's stays, that of an edited model is dropped by `close`."""
         if attached is None:
-            return AnswerStore(self._cache, self.state()) if self._cache is not None else None
+            if self._base_store is None and self._cache is not None:
+                self._base_store = AnswerStore(self._cache, self.state())
+            return self._base_store
         sm = attached.side_memory
         about = {"side_memory": sm.digest, "manifest": digest_of(sm.manifest()), "router": attached.router.name}
         return self.store({**about, **(more or {})})
@@ -302,6 +325,8 @@ class Asker:
             gold = row.target if q.edited and row is not None else x.predicted
             led["token"] = (token_accuracy(x.predicted, gold), token_accuracy(y.predicted, gold))
             led["match"] = (all_tokens_match(x.predicted, gold), all_tokens_match(y.predicted, gold))
+            if not q.edited and q.answer is not None and row is not None:
+                led["answered"] = (all_tokens_match(x.predicted, row.target), all_tokens_match(y.predicted, row.target))
             led["nll"] = (fmean(x.nll), fmean(y.nll))
         if i in contrasts:
             led["contrast"] = (fmean(self._forced_contrasts[i].nll), fmean(contrasts[i].nll))
@@ -319,6 +344,12 @@ class Asker:
         memories = {e.id: e.memory for e in attached.side_memory.edits}
         nearest = item.route.edit if item.route is not None else None
         return memories.get(nearest, 0) if nearest is not None else 0
+
+
+def _or_base(seen: Seen, base: Seen) -> Seen:
+    """What the base made of it, with the route taken, where main memory answered."""
+    shut = seen.route is not None and not seen.route.routed
+    return replace(base, route=seen.route) if shut else seen
 
 
 def _right(q: Question, before: Answer, answer: Answer) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
@@ -33,11 +34,7 @@ def describe_base(base: Base) -> dict[str, Any]:
 def describe_side_memory(sm: SideMemory, router: str, path: str | None = None) -> dict[str, Any]:
     """Which side memory it is, and how it came about."""
     memories = [
-        {
-            "epsilon": {k: e if isfinite(e) else None for k, e in m.epsilon.items()},
-            "density": round(m.delta.density, 6),
-            "origin": dict(m.origin),
-        }
+        {"epsilon": _finite(m.epsilon), "density": round(m.delta.density, 6), "origin": dict(m.origin)}
         for m in sm.memories
     ]
     return {
@@ -50,6 +47,11 @@ def describe_side_memory(sm: SideMemory, router: str, path: str | None = None) -
         "versions": dict(sm.versions),
         "memories": memories,
     }
+
+
+def _finite(epsilon: Mapping[str, float]) -> dict[str, float | None]:
+    """Thresholds as JSON can hold them: one at infinity is null."""
+    return {name: value if isfinite(value) else None for name, value in epsilon.items()}
 
 
 def method_of(sm: SideMemory, router: str) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from wisecli.data.stream import EditStream
+from wisecli.editing.editor import SUPERSEDED
 from wisecli.evaluation.ability import measure_ability
 from wisecli.evaluation.answers import BATCH, check_text
 from wisecli.evaluation.asking import Asker, OodText, Progress, Steps
@@ -25,7 +27,7 @@ from wisecli.evaluation.environment import (
     peak_memory,
 )
 from wisecli.evaluation.evidence import routing_evidence
-from wisecli.evaluation.questions import Item, questions_of
+from wisecli.evaluation.questions import Item, ask_of, questions_about, questions_of
 from wisecli.evaluation.scores import (
     BOOTSTRAP_SEED,
     METRICS,
@@ -36,6 +38,7 @@ from wisecli.evaluation.scores import (
     probability_of,
     scores_of,
 )
+from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base
 from wisecli.models.prompts import PromptEncoder
 from wisecli.routing.attach import Attached, attach
@@ -142,6 +145,7 @@ class Evaluation:
         self.base, self.stream, self.attached = base, stream, attached
         self.options = options or EvalOptions()
         self.chat = chat
+        self.asker: Asker | None = None
         self.report: EvalReport | None = None
 
     def __iter__(self) -> Iterator[Progress]:
@@ -151,17 +155,42 @@ class Evaluation:
             InputError: a prompt, alone or with its answer, does not fit the base's context; nothing was asked then.
         """
         started = time.perf_counter()
-        asker = asker_for(self.base, self.stream, self.chat, self.options)
-        yield from asker.before(self.attached)
-        findings = yield from ask_everything(asker, self.stream, self.attached, self.options)
-        self.report = make_report(
-            asker, self.stream, findings, self.attached, self.options, {"name": END_OF_STREAM}, started
-        )
-        asker.close()
+        stream = self.stream
+        if self.attached is not None:
+            stream = as_learned(stream, self.attached.side_memory)
+        self.asker = asker_for(self.base, stream, self.chat, self.options)
+        yield from self.asker.before(self.attached)
+        findings = yield from ask_everything(self.asker, stream, self.attached, self.options)
+        about = {"name": END_OF_STREAM}
+        self.report = make_report(self.asker, stream, findings, self.attached, self.options, about, started)
+
+    def close(self) -> None:
+        """Drop what was kept to go on after an interruption; to be called when the report is safe."""
+        if self.asker is not None:
+            self.asker.close()
 
 
-def asker_for(base: Base, stream: EditStream, chat: bool, options: EvalOptions) -> Asker:
+def as_learned(stream: EditStream, sm: SideMemory) -> EditStream:
+    """The stream with what a side memory knows of it: an edit that a later one superseded there is superseded here.
+
+    Only a part of what was learned may be asked, and the contradicting edit may lie beyond it.
+    """
+    beaten = {e.id for e in sm.edits if e.details.get("outcome") == SUPERSEDED}
+    return replace(stream, superseded=stream.superseded | (beaten & {r.id for r in stream.records}))
+
+
+def missing_of(stream: EditStream, sm: SideMemory) -> list[str]:
+    """Ids of the records that a side memory does not hold: by id, and by prompt and target where it carries them."""
+    known = {e.id: (e.prompt, e.target) for e in sm.edits}
+    texts = {r.id: (r.prompt, r.target) for r in stream.records}
+    return [name for name, text in texts.items() if name not in known or known[name] not in (text, (None, None))]
+
+
+def asker_for(base: Base, stream: EditStream, chat: bool, options: EvalOptions, everything: bool = False) -> Asker:
     """An asker of all that there is to ask about a stream.
+
+    Args:
+        everything: also of what the stream as a whole contradicts: parts of it may not.
 
     Raises:
         InputError: a text out of distribution does not fit the base's context.
@@ -170,7 +199,10 @@ def asker_for(base: Base, stream: EditStream, chat: bool, options: EvalOptions) 
     for record in stream.records:
         for text in record.ood:
             check_text(base, encoder, record.id, text)
-    return Asker(base, questions_of(stream), chat=chat, cache=options.cache, batch_size=options.batch_size)
+    questions = [q for r in stream.records for q in questions_about(r)] if everything else questions_of(stream)
+    asker = Asker(base, questions, chat=chat, cache=options.cache, batch_size=options.batch_size)
+    asker.everything = everything
+    return asker
 
 
 def ask_everything(
@@ -211,10 +243,12 @@ def make_report(
         started: `time.perf_counter()` at the beginning.
     """
     items, base = findings.items, asker.base
+    asked = None if asker.everything else ask_of(stream)
     sm = attached.side_memory if attached is not None else None
     router = attached.router.name if attached is not None else ""
     scores = scores_of(items)
-    epsilon = [m.epsilon[router] for m in sm.memories] if sm is not None else []
+    seen = [i.route.epsilon for i in items if i.route is not None]
+    gates = sorted({round(e, 6) if isfinite(e) else inf for e in seen})  # a route read again has no infinity
     sections = {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -227,6 +261,9 @@ def make_report(
             "digest": stream.digest,
             "edits": len(stream.records),
             "superseded": len(stream.superseded),
+            "duplicates": len(stream.duplicates),
+            "missing": len(missing_of(stream, sm)) if sm is not None else None,
+            "left_out": None if asked is None else {"rephrases": asked.rephrases, "probes": asked.probes},
         },
         "base": describe_base(base),
         "side_memory": describe_side_memory(sm, router, options.side_memory) if sm is not None else None,
@@ -239,7 +276,7 @@ def make_report(
         "perplexity": perplexity_of(items),
         "ood": ood_of(findings.texts),
         "probability": probability_of(items),
-        "routing": routing_evidence(items, router, epsilon) if sm is not None else None,
+        "routing": routing_evidence(items, router or str(protocol.get("router")), gates) if gates else None,
         "ability": findings.ability,
         **dict.fromkeys(("harness", "fresh", "retention", "rollbacks", "wilke")),
         "timings": {**asker.seconds, "total": time.perf_counter() - started, "prompts": len(asker.prompts)},
@@ -272,4 +309,5 @@ def _run(run: Evaluation) -> EvalReport:
         pass
     if run.report is None:
         raise RuntimeError("the evaluation ended without a report")
+    run.close()
     return run.report

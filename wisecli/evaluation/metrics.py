@@ -166,6 +166,20 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def exact_interval(
+    values: Sequence[float | bool], clusters: Sequence[Hashable], *, level: float = 0.95
+) -> tuple[float, float] | None:
+    """Clopper-Pearson interval where all values are 0, or all are 1; None otherwise.
+
+    A bootstrap of such values is a point, as if nothing could have come out otherwise. Each of the K clusters counts as
+    one trial: with a = (1-level)/2 the interval is [a^(1/K), 1] for ones and [0, 1 - a^(1/K)] for zeros.
+    """
+    if not len(values) or len(set(values)) > 1 or values[0] not in (0, 1):
+        return None
+    bound = float(((1 - level) / 2) ** (1 / len(set(clusters))))
+    return (bound, 1.0) if values[0] else (0.0, 1 - bound)
+
+
 def _resampled_means(kinds: NDArray, count: NDArray, resamples: int, seed: int) -> NDArray:
     """mean* [R] of `bootstrap_interval`, from the kinds of clusters [J, 2] and how many there are of each [J]."""
     rng = np.random.default_rng(seed)

@@ -12,6 +12,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import Editor, OpenShard, slices
 from wisecli.editing.merge import MergeConfig, merge_run, merge_shards
 from wisecli.editing.run import EditRun
-from wisecli.errors import UsageError
+from wisecli.errors import InputError, UsageError
 from wisecli.evaluation.asking import Asker, Progress, Steps, drain
 from wisecli.evaluation.evaluate import (
     EvalOptions,
@@ -33,13 +34,13 @@ from wisecli.evaluation.evaluate import (
     asker_for,
     make_report,
 )
-from wisecli.evaluation.questions import Item, questions_about
+from wisecli.evaluation.questions import Item, questions_of
 from wisecli.evaluation.scores import plain, scores_of
 from wisecli.evaluation.store import AnswerStore, digest_of
 from wisecli.memory.shard import Shard
 from wisecli.memory.side_memory import SideMemory
-from wisecli.models.base import Base
-from wisecli.routing.attach import attach
+from wisecli.models.base import Base, weights_digest
+from wisecli.routing.attach import Attached, attach
 
 FRESH, BOTH, ROLLBACK = "fresh", "both", "rollback"
 TEXTS = {
@@ -57,9 +58,17 @@ def checkpoints_of(edits: int) -> list[int]:
     return [10**k for k in range(len(str(edits))) if 10**k < edits]
 
 
-def by_activation(config: EditConfig, options: EvalOptions) -> bool:
-    """Whether side memories of this run are routed by activation, which needs the base for calibration."""
-    return (options.router or ("activation" if config.schedule == "published" else "key")) == "activation"
+def router_of(config: EditConfig, options: EvalOptions) -> str:
+    """The one router of an evaluation that learns: what was asked for, else what the schedule goes with."""
+    return options.router or ("activation" if config.schedule == "published" else "key")
+
+
+def attached_by(base: Base, sm: SideMemory, router: str) -> Attached:
+    """Attach with this router and no other: a memory without a threshold for it, as when no edit took, stays shut."""
+    memories = tuple(
+        m if m.epsilon.get(router) is not None else replace(m, epsilon={**m.epsilon, router: inf}) for m in sm.memories
+    )
+    return attach(base.model, replace(sm, memories=memories), router=router)
 
 
 class StreamEvaluation:
@@ -91,13 +100,18 @@ class StreamEvaluation:
         self.while_learning = protocol in (FRESH, BOTH)
         self.fresh: list[Item] = []
         self.curve: list[dict[str, Any]] = []
+        self.router = router_of(config, self.options)
+        self.asker = asker_for(base, stream, config.chat, self.options)
         self.report: EvalReport | None = None
 
     def __iter__(self) -> Iterator[Progress]:
-        """Learn and ask, yielding progress; `report` is set at the end."""
+        """Learn and ask, yielding progress; `report` is set at the end.
+
+        Raises:
+            InputError: the folder holds shards whose edits were not asked while they were learned.
+        """
         started = time.perf_counter()
-        config = self.run.config
-        asker = asker_for(self.base, self.stream, config.chat, self.options)
+        asker = self.asker
         yield from asker.before()
         yield from self._learn(asker)
         learned = time.perf_counter()
@@ -106,7 +120,7 @@ class StreamEvaluation:
         side_memory.save(self.path)
         asker.seconds["merging"] = time.perf_counter() - learned
         yield Progress("merging", 1, 1)
-        with attach(self.base.model, side_memory, router=self.options.router) as attached:
+        with attached_by(self.base, side_memory, self.router) as attached:
             if self.protocol == FRESH:
                 findings = Findings(self.fresh)
             else:
@@ -117,12 +131,15 @@ class StreamEvaluation:
             options = replace(self.options, side_memory=str(self.path))
             report = make_report(asker, self.stream, findings, attached, options, about, started)
         self.report = self._with_fresh(report)
-        asker.close()
+
+    def close(self) -> None:
+        """Drop what was kept to go on after an interruption; to be called when the report is safe."""
+        self.asker.close()
 
     # -- while learning ------------------------------------------------------------------------------------------------
 
     def _learn(self, asker: Asker) -> Iterator[Progress]:
-        about = {"run": digest_of(self.run.folder.run), "merge": digest_of(str(self.how))}
+        about = {"run": digest_of(self.run.folder.run), "merge": digest_of(str(self.how)), "router": self.router}
         store = asker.store({"protocol": self.protocol, **about})
         goals = checkpoints_of(len(self.stream)) if self.protocol == BOTH else []
         if self.while_learning:
@@ -143,15 +160,19 @@ class StreamEvaluation:
         asker.seconds["learning"] = time.perf_counter() - started - waited
 
     def _recall(self, store: AnswerStore | None) -> None:
-        """Take up what was asked of finished shards; a shard whose answers are not at hand is learned again."""
+        """Take up what was asked while finished shards were learned."""
         for index in range(self.run.config.shards):
             path = self.run.folder.shard_path(index)
-            kept = store.get(f"shard {index}") if store is not None and path.exists() else None
+            if not path.exists():
+                continue
+            kept = store.get(f"shard {index}") if store is not None else None
             if kept is None:
-                path.unlink(missing_ok=True)
-            else:
-                self.fresh += [Item.from_json(i) for i in kept["fresh"]]
-                self.curve += kept["curve"]
+                raise InputError(
+                    f"{path} is learned already, and what its edits were asked meanwhile is not at hand.",
+                    hint="Choose another folder with --out.",
+                )
+            self.fresh += [Item.from_json(i) for i in kept["fresh"]]
+            self.curve += kept["curve"]
 
     def _ask_arrived(self, asker: Asker, shard: OpenShard, store: AnswerStore | None) -> Steps[None]:
         """Ask the edits that have just arrived, in the memory that has just learned them."""
@@ -160,9 +181,8 @@ class StreamEvaluation:
         key = f"fresh {shard.index} {len(shard.captured)}"
         kept = store.get(key) if store is not None else None
         if kept is None:
-            which = [i for i, q in enumerate(asker.questions) if q.edit in new]
-            memory = self._memory([shard.shard()], rehearse=False)
-            with attach(self.base.model, memory, router=self.options.router) as attached:
+            which = sorted(i for edit in new for i in asker.places.get(edit, ()))
+            with attached_by(self.base, self._memory([shard.shard()], rehearse=False), self.router) as attached:
                 items = yield from asker.after(attached, which, stage="fresh", kept=False)
             if store is not None:
                 store.put(key, [i.to_json() for i in items])
@@ -177,9 +197,9 @@ class StreamEvaluation:
         if scores is None:
             finished = [Shard.load(self.run.folder.shard_path(i)) for i in range(shard.index)]
             so_far = {r.id for r in self.stream.records[:done]}
-            which = [i for i, q in enumerate(asker.questions) if q.edit in so_far]
+            which = sorted(i for edit in so_far for i in asker.places.get(edit, ()))
             memory = self._memory([*finished, shard.shard()], self.how.rehearse)
-            with attach(self.base.model, memory, router=self.options.router) as attached:
+            with attached_by(self.base, memory, self.router) as attached:
                 scores = plain((yield from asker.after(attached, which, stage="checkpoint", kept=False)))
             if store is not None:
                 store.put(key, scores)
@@ -199,8 +219,9 @@ class StreamEvaluation:
     def _memory(self, shards: Sequence[Shard], rehearse: bool) -> SideMemory:
         """The side memory of shards in memory. Without rehearsal the base is needed for the activation router only."""
         editor = self.run.editor
-        upper = editor.upper if rehearse or by_activation(self.run.config, self.options) else None
-        how = replace(self.how, rehearse=rehearse, weights=None)
+        upper = editor.upper if rehearse or self.router == "activation" else None
+        weights = None if self.how.weights is None else list(self.how.weights)[: len(shards)]
+        how = replace(self.how, rehearse=rehearse, weights=weights)
         return merge_shards(shards, editor.gate, self.run.folder.run, upper=upper, how=how)
 
     def _with_fresh(self, report: EvalReport) -> EvalReport:
@@ -223,13 +244,20 @@ class Rollback:
 
     Attributes:
         groups: number of sequences.
-        identical: whether the base gave the same logits, bit for bit, after every rollback as before the first edit.
+        left_out: edits at the end of the stream that fill no sequence.
+        identical: whether the base gave the same logits, bit for bit, after every rollback as before the first edit,
+            and its weights were the same, bit for bit, after the last.
     """
 
     t: int
     groups: int
+    left_out: int
     items: tuple[Item, ...]
     identical: bool
+
+    def to_json(self) -> dict[str, Any]:
+        numbers = {"t": self.t, "groups": self.groups, "left_out": self.left_out, "identical": self.identical}
+        return {**numbers, "scores": scores_of(self.items)}
 
 
 def check_sizes(sizes: Sequence[int], stream: EditStream) -> None:
@@ -269,49 +297,48 @@ class RollbackEvaluation:
         self.base, self.stream, self.sizes = base, stream, sorted(set(sizes))
         self.how, self.options = how or MergeConfig(), options or EvalOptions()
         self.editor = Editor(base, config)
+        self.router = router_of(config, self.options)
+        self.asker = asker_for(base, stream, config.chat, self.options, everything=True)
         self.report: EvalReport | None = None
 
     def __iter__(self) -> Iterator[Progress]:
         """Learn, ask and roll back, yielding progress; `report` is set at the end."""
         started = time.perf_counter()
-        questions = [q for r in self.stream.records for q in questions_about(r)]
-        options = self.options
-        chat = self.editor.config.chat
-        asker = Asker(self.base, questions, chat=chat, cache=options.cache, batch_size=options.batch_size)
+        asker, options = self.asker, self.options
         yield from asker.before()
-        probe = _probe(self.base)
+        probe = _Probe.of(self.base)
         found = []
         for t in self.sizes:
             found.append((yield from self._sequences(asker, t, probe)))
-        about = {"name": ROLLBACK, "t": self.sizes, "text": TEXTS[ROLLBACK]}
+        about = {"name": ROLLBACK, "t": self.sizes, "router": self.router, "text": TEXTS[ROLLBACK]}
         report = make_report(asker, self.stream, Findings(found[-1].items), None, options, about, started)
         last = self.editor.config
         self.report = report.with_sections(
-            method=f"WISE, {last.schedule} schedule, {self.how.method} merge, learned anew per sequence",
+            method=f"WISE, {last.schedule} schedule, {self.how.method} merge, {self.router} router",
             seeds={**report.sections["seeds"], "edit": last.seed},
             config=last.to_json(),
-            rollbacks=[
-                {"t": r.t, "groups": r.groups, "scores": scores_of(r.items), "identical": r.identical} for r in found
-            ],
+            rollbacks=[r.to_json() for r in found],
         )
-        asker.close()
 
-    def _sequences(self, asker: Asker, t: int, probe: Tensor) -> Steps[Rollback]:
+    def close(self) -> None:
+        """Drop what was kept to go on after an interruption; to be called when the report is safe."""
+        self.asker.close()
+
+    def _sequences(self, asker: Asker, t: int, probe: _Probe) -> Steps[Rollback]:
         records = self.stream.records
         groups = [records[at : at + t] for at in range(0, len(records) - t + 1, t)]
         items: list[Item] = []
         identical = True
-        places: dict[str, list[int]] = {}
-        for i, q in enumerate(asker.questions):
-            places.setdefault(q.edit, []).append(i)
         for k, group in enumerate(groups):
             yield Progress(f"T={t}", k, len(groups))
             stream = EditStream.of(group)
-            which = [i for r in group if r.id not in stream.superseded for i in places[r.id]]
+            wanted = set(questions_of(stream))
+            which = [i for r in group for i in asker.places.get(r.id, ()) if asker.questions[i] in wanted]
             items += self._sequence(asker, stream, which)
-            identical = identical and torch.equal(_probe(self.base), probe)
+            identical = identical and probe.same(self.base)
         yield Progress(f"T={t}", len(groups), len(groups))
-        return Rollback(t, len(groups), tuple(items), identical)
+        identical = identical and probe.same_weights(self.base)
+        return Rollback(t, len(groups), len(records) - t * len(groups), tuple(items), identical)
 
     def _sequence(self, asker: Asker, stream: EditStream, which: Sequence[int]) -> list[Item]:
         """Learn one sequence from the base, ask it, and leave the base as it was."""
@@ -319,23 +346,41 @@ class RollbackEvaluation:
         editor.gate = self.editor.gate  # worked out once
         editor.config = replace(editor.config, shards=min(editor.config.shards, len(stream)))
         run = editor.describe(stream)
-        store = asker.store({"protocol": ROLLBACK, "run": digest_of(run), "merge": digest_of(str(self.how))})
+        about = {"run": digest_of(run), "merge": digest_of(str(self.how)), "router": self.router}
+        store = asker.store({"protocol": ROLLBACK, **about})
         kept = store.get("items") if store is not None else None
         if kept is not None:
             return [Item.from_json(i) for i in kept]
         started = time.perf_counter()
         side_memory = merge_shards(editor.learn(stream), editor.gate, run, upper=editor.upper, how=self.how)
         asker.seconds["learning"] = asker.seconds.get("learning", 0.0) + time.perf_counter() - started
-        with attach(self.base.model, side_memory, router=self.options.router) as attached:
+        with attached_by(self.base, side_memory, self.router) as attached:
             items = drain(asker.after(attached, which, kept=False))
         if store is not None:
             store.put("items", [i.to_json() for i in items])
         return items
 
 
-@torch.no_grad()
-def _probe(base: Base) -> Tensor:
-    """Logits of the base as it is now on a fixed row of tokens."""
-    vocab = base.model.config.get_text_config().vocab_size
-    ids = (torch.arange(16) * 31 % vocab)[None].to(base.model.device)
-    return base.model(input_ids=ids, use_cache=False).logits
+@dataclass(frozen=True)
+class _Probe:
+    """What the base was before the first edit: its logits on a fixed row of tokens, and a digest of its weights."""
+
+    logits: Tensor
+    weights: str | None
+
+    @classmethod
+    def of(cls, base: Base) -> _Probe:
+        return cls(cls._logits(base), weights_digest(base.model))
+
+    def same(self, base: Base) -> bool:
+        return torch.equal(self._logits(base), self.logits)
+
+    def same_weights(self, base: Base) -> bool:
+        return weights_digest(base.model) == self.weights
+
+    @staticmethod
+    @torch.no_grad()
+    def _logits(base: Base) -> Tensor:
+        vocab = base.model.config.get_text_config().vocab_size
+        ids = (torch.arange(16) * 31 % vocab)[None].to(base.model.device)
+        return base.model(input_ids=ids, use_cache=False).logits

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wisecli.data.records import SAME_RELATION, SAME_SUBJECT, UNRELATED, EditRecord
-from wisecli.data.stream import EditStream
+from wisecli.data.stream import EditStream, prompt_key
 from wisecli.routing.routers import Route
 
 EDIT, REPHRASE = "edit", "rephrase"
@@ -65,6 +65,7 @@ class Item:
         contrast: the same of the question's contrast.
         route: who answered, and why; None without a side memory.
         opened: text and `exact` with the gate always open, where that was asked.
+        answered: for a probe with an answer in the dataset, whether all of that answer's tokens are argmax.
     """
 
     question: Question
@@ -77,6 +78,7 @@ class Item:
     contrast: tuple[float, float] | None = None
     route: Route | None = None
     opened: tuple[str, bool] | None = None
+    answered: tuple[bool, bool] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As results.json holds it; what was not measured is left out."""
@@ -86,7 +88,8 @@ class Item:
             k: v for k, v in (("target", q.target), ("answer", q.answer), ("contrast", q.contrast)) if v is not None
         }
         out |= {"before": self.before, "after": self.after, "exact": list(self.exact)}
-        pairs = {"token": self.token, "match": self.match, "nll": self.nll, "nll_contrast": self.contrast}
+        pairs = {"token": self.token, "match": self.match, "answered": self.answered, "nll": self.nll}
+        pairs["nll_contrast"] = self.contrast
         out |= {k: list(v) for k, v in pairs.items() if v is not None}
         out |= {"open": self.opened[0], "open_exact": self.opened[1]} if self.opened is not None else {}
         out |= {"route": r.to_json()} if r is not None else {}
@@ -99,27 +102,61 @@ class Item:
             *(data[k] for k in ("edit", "kind", "prompt")), *(data.get(k) for k in ("target", "answer", "contrast"))
         )
         route = data.get("route")
-        pairs = {k: tuple(data[k]) if k in data else None for k in ("token", "match", "nll", "nll_contrast")}
+        names = {"token": "token", "match": "match", "answered": "answered", "nll": "nll", "contrast": "nll_contrast"}
+        pairs: dict[str, Any] = {k: tuple(data[name]) for k, name in names.items() if name in data}
         return cls(
             question,
             data["before"],
             data["after"],
             tuple(data["exact"]),
-            pairs["token"],
-            pairs["match"],
-            pairs["nll"],
-            pairs["nll_contrast"],
-            None if route is None else Route.from_json(route),
-            (data["open"], data["open_exact"]) if "open" in data else None,
+            route=None if route is None else Route.from_json(route),
+            opened=(data["open"], data["open_exact"]) if "open" in data else None,
+            **pairs,
         )
 
     def with_opened(self, text: str, exact: bool) -> Item:
         return replace(self, opened=(text, exact))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The questions about a stream, and how many were left out because the stream itself gives them another answer.
+
+    Attributes:
+        rephrases: rephrases that another edit learns with another target.
+        probes: locality probes that are the prompt or a rephrase of an edit: editing must change them.
+    """
+
+    questions: tuple[Question, ...]
+    rephrases: int = 0
+    probes: int = 0
+
+
 def questions_of(stream: EditStream) -> list[Question]:
-    """Everything there is to ask about a stream, in order; an edit that a later one contradicts is left out."""
-    return [q for r in stream.records if r.id not in stream.superseded for q in questions_about(r)]
+    """Everything there is to ask about a stream, in order; see `ask_of`."""
+    return list(ask_of(stream).questions)
+
+
+def ask_of(stream: EditStream) -> Asked:
+    """The questions about a stream, in order.
+
+    Left out are edits that a later one contradicts, and prompts that no editor could answer as wanted, because another
+    edit of the stream wants something else of the same prompt.
+    """
+    live = [r for r in stream.records if r.id not in stream.superseded]
+    targets = {prompt_key(r.prompt): " ".join(r.target.split()) for r in live}
+    changed = targets.keys() | {prompt_key(p) for r in live for p in r.rephrases}
+    kept: list[Question] = []
+    rephrases = probes = 0
+    for q in (q for r in live for q in questions_about(r)):
+        key = prompt_key(q.prompt)
+        if q.kind == REPHRASE and key in targets and targets[key] != " ".join(str(q.target).split()):
+            rephrases += 1
+        elif not q.edited and key in changed:
+            probes += 1
+        else:
+            kept.append(q)
+    return Asked(tuple(kept), rephrases, probes)
 
 
 def questions_about(record: EditRecord) -> list[Question]:

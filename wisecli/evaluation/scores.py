@@ -1,6 +1,7 @@
 """From items to scores: averages with their bootstrap intervals, per score and metric.
 
 Every score is a mean over prompts; its interval resamples whole edits, because the prompts of one edit hang together.
+Where all prompts score 0, or all 1, resampling shows no spread and the interval is the exact binomial one over edits.
 The dictionaries made here are parts of results.json. What a score compares is named in `METRICS`.
 """
 
@@ -13,6 +14,7 @@ from wisecli.evaluation.answers import PROBE_TOKENS, SLACK
 from wisecli.evaluation.asking import OodText
 from wisecli.evaluation.metrics import (
     bootstrap_interval,
+    exact_interval,
     harmonic_mean,
     mean,
     perplexity,
@@ -58,7 +60,7 @@ def summary(values: Sequence[tuple[str, tuple[float, float]]]) -> dict[str, Any]
     edits = [edit for edit, _ in values]
     for at, name in enumerate(("before", "after")):
         side = [pair[at] for _, pair in values]
-        interval = bootstrap_interval(side, edits, seed=BOOTSTRAP_SEED)
+        interval = exact_interval(side, edits) or bootstrap_interval(side, edits, seed=BOOTSTRAP_SEED)
         out |= {name: mean(side), f"{name}_interval": None if interval is None else list(interval)}
     return out
 

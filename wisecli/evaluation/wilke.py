@@ -10,7 +10,8 @@ original answers of P so far and of Q are asked for.
 
 f_i is the model after edit i, f*_i after it was taken back. A match is teacher-forced, all tokens, as in their code;
 the same by free generation stands beside it. y_o is the dataset's true answer where it gives one, else the base's own;
-records whose true answer the base does not give are left out, as the paper's "known" subset does.
+records whose y_o the base does not give under teacher forcing are left out, as the paper's "known" subset does. Where a
+near prompt has no answer in the dataset, its original answer is the base's own; by free generation it always is.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import Editor, OpenShard
 from wisecli.editing.merge import MergeConfig, merge_shards
 from wisecli.errors import InputError
-from wisecli.evaluation.answers import SLACK, Forced, force, generate_answers
-from wisecli.evaluation.asking import Asker, Progress, drain
-from wisecli.evaluation.evaluate import EvalOptions, EvalReport, Findings, make_report
+from wisecli.evaluation.answers import Forced, answer_cap, context_of, force, generate_answers
+from wisecli.evaluation.asking import Progress, drain
+from wisecli.evaluation.evaluate import EvalOptions, EvalReport, Findings, asker_for, make_report
 from wisecli.evaluation.metrics import all_tokens_match, exact_match, harmonic_mean, mean
-from wisecli.evaluation.protocols import by_activation
-from wisecli.evaluation.questions import EDIT, REPHRASE, Item, questions_about
+from wisecli.evaluation.protocols import attached_by, router_of
+from wisecli.evaluation.questions import EDIT, REPHRASE, Item
 from wisecli.evaluation.store import AnswerStore, digest_of
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base
 from wisecli.models.prompts import Row
-from wisecli.routing.attach import attach
 
 WILKE = "wilke"
 TEXT = (
     "the first half of the records is edited one by one; each edit is asked, then taken back by a second edit to the "
     "original answer; at checkpoints the original answers of the edited and of the untouched half are asked for"
 )
+_LONGEST = 48  # tokens of the base's own answer at most; one that does not end by then is no answer
 _EVERY = 50  # checkpoints besides the powers of two
 
 
@@ -58,13 +59,8 @@ class WilkeEvaluation:
         self.editor = Editor(base, replace(config, shards=1, block=1))
         live = [r for r in stream.records if r.id not in stream.superseded]
         self.stream = replace(stream, records=tuple(live))
-        self.asker = Asker(
-            base,
-            [q for r in live for q in questions_about(r)],
-            chat=config.chat,
-            cache=self.options.cache,
-            batch_size=self.options.batch_size,
-        )
+        self.asker = asker_for(base, self.stream, config.chat, self.options, everything=True)
+        self.router = router_of(config, self.options)
         self.original: dict[str, str] = {}
         self.report: EvalReport | None = None
 
@@ -81,47 +77,53 @@ class WilkeEvaluation:
                 hint="Use records of facts that this base knows.",
             )
         edited, untouched = known[: len(known) // 2], known[len(known) // 2 :]
-        store = asker.store({"protocol": WILKE, "run": digest_of(self.editor.describe(self.stream))})
+        run = digest_of(self.editor.describe(self.stream))
+        store = asker.store({"protocol": WILKE, "run": run, "router": self.router})
         shard = OpenShard(self.editor, 0, {q.prompt for q in asker.questions})
         items: list[Item] = []
         kept: list[dict[str, Any]] = []
         for i, record in enumerate(edited):
             yield Progress("edits and rollbacks", i, len(edited))
-            shard.arrive(replace(record, irrelevant=()))
+            shard.arrive(record)
             items += self._ask(shard, record, i, store)
             shard.arrive(replace(record, id=f"{record.id}~back", target=self.original[record.id]))
             if _checkpoint(i + 1, len(edited)):
                 kept.append(self._left(shard, edited[: i + 1], untouched, store))
         yield Progress("edits and rollbacks", len(edited), len(edited))
-        about = {"name": WILKE, "text": TEXT, "checkpoints": [k["edits"] for k in kept]}
+        about = {"name": WILKE, "text": TEXT, "checkpoints": [k["edits"] for k in kept], "router": self.router}
         report = make_report(asker, self.stream, Findings(items), None, self.options, about, started)
         left_out = len(self.stream.records) - len(known)
         config = self.editor.config
         self.report = report.with_sections(
-            method=f"WISE, {config.schedule} schedule, one shard",
+            method=f"WISE, {config.schedule} schedule, one shard, {self.router} router",
             seeds={**report.sections["seeds"], "edit": config.seed},
             config=config.to_json(),
-            wilke=_scores(items, kept, left_out),
+            wilke={**_scores(items, kept), "known": len(known), "left_out": left_out},
         )
-        asker.close()
+
+    def close(self) -> None:
+        """Drop what was kept to go on after an interruption; to be called when the report is safe."""
+        self.asker.close()
 
     # -- the pieces ----------------------------------------------------------------------------------------------------
 
     def _known(self) -> list[EditRecord]:
         """Records with an original answer that the base gives; `original` is filled."""
-        items = {i.question.edit: i for i in drain(self.asker.after(None)) if i.question.kind == EDIT}
-        given = [r for r in self.stream.records if r.truth is not None]
-        rows = [self.asker.encoder.pair(r.prompt, str(r.truth), eos=False) for r in given]
-        found = zip(given, rows, force(self.base, self.asker.encoder, rows), strict=True)
-        self.original = {r.id: str(r.truth) for r, row, f in found if all_tokens_match(f.predicted, row.target)}
-        for record in self.stream.records:
-            own = items[record.id].before
-            if record.truth is None and own:
-                self.original[record.id] = own
-        return [r for r in self.stream.records if r.id in self.original and self.original[r.id] != r.target]
+        records, encoder = self.stream.records, self.asker.encoder
+        own = [r for r in records if r.truth is None]
+        caps = [min(_LONGEST, context_of(self.base) - len(encoder.prompt(r.prompt))) for r in own]
+        said = dict(generate_answers(self.base, encoder, [r.prompt for r in own], caps))
+        whole = {r.id: said[i].text for i, r in enumerate(own) if len(said[i].ids) < caps[i] and said[i].text}
+        original = {r.id: r.truth if r.truth is not None else whole.get(r.id) for r in records}
+        given = [(r, text) for r in records if (text := original[r.id]) and not exact_match(text, r.target)]
+        rows = [encoder.pair(r.prompt, text, eos=False) for r, text in given]
+        forced = force(self.base, encoder, rows)
+        known = [x for x, row, f in zip(given, rows, forced, strict=True) if all_tokens_match(f.predicted, row.target)]
+        self.original = {r.id: text for r, text in known}
+        return [r for r, _ in known]
 
     def _memory(self, shard: OpenShard) -> SideMemory:
-        upper = self.editor.upper if by_activation(self.editor.config, self.options) else None
+        upper = self.editor.upper if self.router == "activation" else None
         run = self.editor.describe(self.stream)
         return merge_shards([shard.shard()], self.editor.gate, run, upper=upper, how=MergeConfig(rehearse=False))
 
@@ -130,8 +132,8 @@ class WilkeEvaluation:
         kept = store.get(key) if store is not None else None
         if kept is not None:
             return [Item.from_json(x) for x in kept]
-        which = [k for k, q in enumerate(self.asker.questions) if q.edit == record.id]
-        with attach(self.base.model, self._memory(shard), router=self.options.router) as attached:
+        which = self.asker.places[record.id]
+        with attached_by(self.base, self._memory(shard), self.router) as attached:
             items = drain(self.asker.after(attached, which, kept=False))
         if store is not None:
             store.put(key, [x.to_json() for x in items])
@@ -148,8 +150,8 @@ class WilkeEvaluation:
         records = [*edited, *untouched]
         encoder = self.asker.encoder
         rows = [encoder.pair(r.prompt, self.original[r.id], eos=False) for r in records]
-        caps = [len(row.target) + SLACK for row in rows]
-        with attach(self.base.model, self._memory(shard), router=self.options.router) as attached:
+        caps = [answer_cap(self.base, encoder, r.id, r.prompt, self.original[r.id]) for r in records]
+        with attached_by(self.base, self._memory(shard), self.router) as attached:
             forced = force(self.base, encoder, rows, attached)
             said = dict(generate_answers(self.base, encoder, [r.prompt for r in records], caps, attached))
         match = _matches(forced, rows)
@@ -174,21 +176,21 @@ def _checkpoint(n: int, last: int) -> bool:
     return n == last or n % _EVERY == 0 or n & (n - 1) == 0
 
 
-def _scores(items: Sequence[Item], kept: Sequence[dict[str, Any]], left_out: int) -> dict[str, Any]:
+def _scores(items: Sequence[Item], kept: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The protocol's section of results.json."""
     forced = _parts(items, forced=True)
     free = _parts(items, forced=False)
     ers, ors = ([k["match"][name] for k in kept] for name in ("ers", "ors"))
-    known = [v for v in forced.values() if v is not None]
+    asked = [v for v in forced.values() if v is not None]
+    whole = len(asked) == len(forced)  # S is of five scores or of none
     return {
         "checkpoints": [k["edits"] for k in kept],
         **forced,
         "ers": ers,
         "ors": ors,
-        "s": [harmonic_mean([*known, a, b]) for a, b in zip(ers, ors, strict=True)],
+        "s": [harmonic_mean([*asked, a, b]) if whole else None for a, b in zip(ers, ors, strict=True)],
         "exact": {**free, **{name: [k["exact"][name] for k in kept] for name in ("ers", "ors")}},
         "edited": kept[-1]["edits"],
-        "left_out": left_out,
     }
 
 
@@ -201,7 +203,7 @@ def _parts(items: Sequence[Item], forced: bool) -> dict[str, float | None]:
         "gs": [i for i in items if i.question.kind == REPHRASE],
         "ls": probes,
     }
-    return {
-        name: mean([bool(i.match[1] if forced and i.match is not None else i.exact[1]) for i in group])
-        for name, group in groups.items()
-    }
+    if not forced:
+        return {name: mean([i.exact[1] for i in group]) for name, group in groups.items()}
+    pairs = {name: [i.answered or i.match for i in group] for name, group in groups.items()}
+    return {name: mean([pair[1] for pair in found if pair is not None]) for name, found in pairs.items()}

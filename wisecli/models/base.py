@@ -48,13 +48,10 @@ class Base:
     @cached_property
     def digest(self) -> str | None:
         """SHA-256 of all weights as loaded, the configs and the tokenizer; None where weights are not at hand."""
-        tensors = dict(sorted(self.model.state_dict().items()))
-        if any(t.is_meta for t in tensors.values()):
+        weights = weights_digest(self.model)
+        if weights is None:
             return None
-        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-            digests = pool.map(_digest, tensors.values())
-            parts = (f"{k} {t.dtype} {list(t.shape)} {d}" for (k, t), d in zip(tensors.items(), digests, strict=True))
-            digest = hashlib.sha256("\n".join(parts).encode())
+        digest = hashlib.sha256(weights.encode())
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         content = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
@@ -194,6 +191,17 @@ def fingerprint(weight: Tensor) -> dict[str, str]:
     """
     dtypes = {weight.dtype, *_FINGERPRINT_DTYPES}
     return {str(d).removeprefix("torch."): _digest(weight.to(d)) for d in sorted(dtypes, key=str)}
+
+
+def weights_digest(model: Any) -> str | None:
+    """SHA-256 of all tensors of a model as they are now, with their names; None where some are not at hand."""
+    tensors = dict(sorted(model.state_dict().items()))
+    if any(t.is_meta for t in tensors.values()):
+        return None
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        digests = pool.map(_digest, tensors.values())
+        parts = [f"{k} {t.dtype} {list(t.shape)} {d}" for (k, t), d in zip(tensors.items(), digests, strict=True)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def matches(weight: Tensor, recorded: Mapping[str, str]) -> bool:
