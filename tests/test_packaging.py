@@ -285,7 +285,7 @@ def test_the_python_lines_of_the_card_run(
 def test_an_evaluation_becomes_a_table(side_memory: SideMemory, results: dict[str, Any], tmp_path: Path) -> None:
     package_side_memory(side_memory, tmp_path / "package", evaluation=results)
     text = card_of(tmp_path / "package")
-    assert "| Rel | 0.000 [0.000, 0.000] | 1.000 [1.000, 1.000] | " in text
+    assert "| Rel | 0.000 [0.000, 0.708] | 1.000 [0.292, 1.000] | " in text
     assert "| Gen | - | - | - | - | 0 |" in text
     assert "Protocol `end-of-stream`; dataset `four` (`four.jsonl`); base `base`; router `key`" in text
     assert "edits 4, of which 1 superseded" in text

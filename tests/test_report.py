@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -248,7 +249,7 @@ from wisecli.report import read_results, write_report
 write_report(read_results(Path({str(path)!r})), Path({str(tmp_path / "other.html")!r}))
 """
     environment = {**os.environ, "PYTHONHASHSEED": "77", "SOURCE_DATE_EPOCH": "5"}
-    subprocess.run([shutil.which("python") or "python3", "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert (tmp_path / "other.html").read_text(encoding="utf-8") == here
 
 
