@@ -77,7 +77,7 @@ def show_report(sink: Output, report: EvalReport) -> None:
     s = report.sections
     edited = s["method"] is not None
     title = f"{s['dataset']['name'] or 'stream'}, {report.edits} edits, {s['base']['label']}, {s['protocol']['name']}"
-    columns = ("exact match", "before", "after", "95 % interval", "token after", "routed", "prompts")
+    columns = ("exact match", "before", "after", "95 % interval", "token", "routed", "prompts")
     sink.table(title, columns, _score_rows(report, edited))
     sink.facts(list(_beside(s)))
     _show_rollbacks(sink, s["rollbacks"])
