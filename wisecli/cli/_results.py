@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from wisecli.evaluation.evaluate import EvalReport
 
 NAMES = {"rel": "reliability", "gen": "generalization", "loc": "locality", "loc_near": "locality, near"}
+_SHORT = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "loc_near": "Loc near"}
 _SHOWN = 5
 _STATISTICS = {"median": "median", "clipped": "mean cut at 100"}
 _PAGES = (".html", ".htm", ".md", ".png")
@@ -185,14 +186,14 @@ def _show_rollbacks(sink: Output, rollbacks: Any) -> None:
         scores = [r["scores"][name]["exact"] for name in NAMES]
         same = "yes" if r["identical"] else "NO"
         rows.append((str(r["t"]), str(r["groups"]), *(figure(x["after"]) for x in scores), same))
-    sink.table("Sequences of T edits, rolled back", ("T", "sequences", *NAMES.values(), "base unchanged"), rows)
+    sink.table("Sequences of T edits, rolled back", ("T", "sequences", *_SHORT.values(), "base unchanged"), rows)
 
 
 def _show_curve(sink: Output, curve: Any) -> None:
     if not curve:
         return
     rows = [(str(p["edits"]), *(figure(p["scores"][name]) for name in NAMES)) for p in curve]
-    sink.table("Everything learned so far, asked again", ("edits", *NAMES.values()), rows)
+    sink.table("Everything learned so far, asked again", ("edits", *_SHORT.values()), rows)
 
 
 def _show_failures(sink: Output, report: EvalReport) -> None:
