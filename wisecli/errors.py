@@ -59,3 +59,9 @@ class CheckFailed(WiseError):
     """A check the user asked for (`--min-rel` and the like) that was not met."""
 
     exit_code = 3
+
+
+def first_line(e: BaseException) -> str:
+    """What an exception of another library says, in one line; its type where it says nothing."""
+    lines = str(e).strip().splitlines()
+    return lines[0] if lines else type(e).__name__

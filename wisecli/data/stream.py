@@ -142,20 +142,20 @@ def _clashes(records: Sequence[EditRecord]) -> tuple[tuple[Clash, ...], tuple[Cl
         key = prompt_key(record.prompt)
         before = last.get(key)
         if before is not None:
-            same = _squeeze(before.target) == _squeeze(record.target)
+            same = squeeze(before.target) == squeeze(record.target)
             (duplicates if same else contradictions).append(Clash(before.id, record.id))
         last[key] = record
-    finals = {key: _squeeze(record.target) for key, record in last.items()}
-    beaten = (r.id for r in records if finals[prompt_key(r.prompt)] != _squeeze(r.target))
+    finals = {key: squeeze(record.target) for key, record in last.items()}
+    beaten = (r.id for r in records if finals[prompt_key(r.prompt)] != squeeze(r.target))
     return tuple(duplicates), tuple(contradictions), frozenset(beaten)
 
 
 def prompt_key(prompt: str) -> str:
     """What two prompts that ask the same have in common: they may differ in white space and capitals."""
-    return _squeeze(prompt).casefold()
+    return squeeze(prompt).casefold()
 
 
-def _squeeze(text: str) -> str:
+def squeeze(text: str) -> str:
     """The text with every run of white space as one space; two targets may differ in capitals and mean it."""
     return " ".join(text.split())
 

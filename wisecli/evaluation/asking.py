@@ -84,6 +84,7 @@ class Asker:
         chat: render prompts with the base's chat template.
         cache: folder in which finished batches are kept; None keeps nothing.
         batch_size: rows per batch at most.
+        left_out: how many questions were left out of them, by kind, for the record; None where nothing is left out.
     """
 
     def __init__(
@@ -94,11 +95,12 @@ class Asker:
         chat: bool = False,
         cache: Path | None = None,
         batch_size: int = BATCH,
+        left_out: Mapping[str, int] | None = None,
     ) -> None:
         self.base, self.questions, self.batch_size = base, list(questions), batch_size
+        self.left_out = left_out
         self.encoder = PromptEncoder(base.tokenizer, chat=chat)
         self.prompts = list(dict.fromkeys(q.prompt for q in self.questions))
-        self.everything = False  # whether also what the stream contradicts is asked
         self.seconds: dict[str, float] = {}
         self._cache = cache if cache is not None and base.digest is not None else None
         self._journals: dict[Path, AnswerStore] = {}
@@ -165,9 +167,11 @@ class Asker:
         What a memory answered anyway is not asked again. With several memories the nearest edit's takes the prompt.
         """
         shut = [i for i in items if i.route is not None and not i.route.routed]
+        memory_of = {e.id: e.memory for e in attached.side_memory.edits}
         by_memory: dict[int, list[str]] = {}
         for item in shut:
-            by_memory.setdefault(self._nearest(attached, item), []).append(item.question.prompt)
+            nearest = item.route.edit if item.route is not None else None
+            by_memory.setdefault(memory_of.get(nearest or "", 0), []).append(item.question.prompt)
         answers: dict[str, Answer] = {}
         for memory, prompts in sorted(by_memory.items()):
             asked = list(dict.fromkeys(prompts))
@@ -253,7 +257,7 @@ class Asker:
         found: dict[str, Answer] = {}
         limits = [caps[p] for p in prompts]
         each = generate_answers(self.base, self.encoder, prompts, limits, attached, self.batch_size, store)
-        for done in self._timed(stage, each, len(prompts)):
+        for done in self._timed(stage, each):
             found[prompts[done[0]]] = done[1]
             yield Progress(stage, len(found), len(prompts))
         return found
@@ -276,17 +280,16 @@ class Asker:
         each = force_each(
             self.base, encoder or self.encoder, picked, attached, self.batch_size, store, routed_on=routed_on
         )
-        for at, forced in self._timed(stage, each, len(picked)):
+        for at, forced in self._timed(stage, each):
             found[places[at]] = forced
             yield Progress(stage, len(found), len(picked))
         return found
 
-    def _timed(self, stage: str, each: Iterator[T], total: int) -> Iterator[T]:
+    def _timed(self, stage: str, each: Iterator[T]) -> Iterator[T]:
         """The same, with the time it takes noted under the stage."""
         started = time.perf_counter()
         for x in each:
-            spent, started = time.perf_counter() - started, time.perf_counter()
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
             yield x
             started = time.perf_counter()
 
@@ -338,12 +341,6 @@ class Asker:
             return item.with_opened(item.after, item.exact[1])
         answer = answers[q.prompt]
         return item.with_opened(answer.text, _right(q, self._answers[q.prompt], answer))
-
-    def _nearest(self, attached: Attached, item: Item) -> int:
-        """The memory an item's prompt would go to."""
-        memories = {e.id: e.memory for e in attached.side_memory.edits}
-        nearest = item.route.edit if item.route is not None else None
-        return memories.get(nearest, 0) if nearest is not None else 0
 
 
 def _or_base(seen: Seen, base: Seen) -> Seen:

@@ -27,7 +27,7 @@ from wisecli.evaluation.environment import (
     peak_memory,
 )
 from wisecli.evaluation.evidence import routing_evidence
-from wisecli.evaluation.questions import Item, ask_of, questions_about, questions_of
+from wisecli.evaluation.questions import Item, ask_of, questions_about
 from wisecli.evaluation.scores import (
     BOOTSTRAP_SEED,
     METRICS,
@@ -199,10 +199,12 @@ def asker_for(base: Base, stream: EditStream, chat: bool, options: EvalOptions, 
     for record in stream.records:
         for text in record.ood:
             check_text(base, encoder, record.id, text)
-    questions = [q for r in stream.records for q in questions_about(r)] if everything else questions_of(stream)
-    asker = Asker(base, questions, chat=chat, cache=options.cache, batch_size=options.batch_size)
-    asker.everything = everything
-    return asker
+    if everything:
+        questions, left_out = tuple(q for r in stream.records for q in questions_about(r)), None
+    else:
+        asked = ask_of(stream)
+        questions, left_out = asked.questions, {"rephrases": asked.rephrases, "probes": asked.probes}
+    return Asker(base, questions, chat=chat, cache=options.cache, batch_size=options.batch_size, left_out=left_out)
 
 
 def ask_everything(
@@ -243,7 +245,6 @@ def make_report(
         started: `time.perf_counter()` at the beginning.
     """
     items, base = findings.items, asker.base
-    asked = None if asker.everything else ask_of(stream)
     sm = attached.side_memory if attached is not None else None
     router = attached.router.name if attached is not None else ""
     scores = scores_of(items)
@@ -263,7 +264,7 @@ def make_report(
             "superseded": len(stream.superseded),
             "duplicates": len(stream.duplicates),
             "missing": len(missing_of(stream, sm)) if sm is not None else None,
-            "left_out": None if asked is None else {"rephrases": asked.rephrases, "probes": asked.probes},
+            "left_out": asker.left_out,
         },
         "base": describe_base(base),
         "side_memory": describe_side_memory(sm, router, options.side_memory) if sm is not None else None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wisecli.data.records import SAME_RELATION, SAME_SUBJECT, UNRELATED, EditRecord
-from wisecli.data.stream import EditStream, prompt_key
+from wisecli.data.stream import EditStream, prompt_key, squeeze
 from wisecli.routing.routers import Route
 
 EDIT, REPHRASE = "edit", "rephrase"
@@ -144,13 +144,13 @@ def ask_of(stream: EditStream) -> Asked:
     edit of the stream wants something else of the same prompt.
     """
     live = [r for r in stream.records if r.id not in stream.superseded]
-    targets = {prompt_key(r.prompt): " ".join(r.target.split()) for r in live}
+    targets = {prompt_key(r.prompt): squeeze(r.target) for r in live}
     changed = targets.keys() | {prompt_key(p) for r in live for p in r.rephrases}
     kept: list[Question] = []
     rephrases = probes = 0
     for q in (q for r in live for q in questions_about(r)):
         key = prompt_key(q.prompt)
-        if q.kind == REPHRASE and key in targets and targets[key] != " ".join(str(q.target).split()):
+        if q.kind == REPHRASE and key in targets and targets[key] != squeeze(str(q.target)):
             rephrases += 1
         elif not q.edited and key in changed:
             probes += 1

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from wisecli.errors import InputError, UsageError
+from wisecli.errors import InputError, UsageError, first_line
 from wisecli.harness.lm import WiseLM, need
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base
@@ -144,7 +144,7 @@ def _ask(lm: WiseLM, manager: Any, names: Sequence[str], how: Mapping[str, Any])
         )
     except (AssertionError, ValueError) as e:  # how lm_eval refuses a task that does not suit the model
         raise InputError(
-            f"lm_eval cannot ask {', '.join(names)} of this base: {_first_line(e)}",
+            f"lm_eval cannot ask {', '.join(names)} of this base: {first_line(e)}",
             hint="Leave that task out; where prompts are too long, use fewer examples.",
         ) from e
     if results is None:
@@ -183,7 +183,7 @@ def _load(manager: Any, names: Sequence[str]) -> dict[str, Any]:
             found = manager.load([name])
         except Exception as e:  # from lm_eval, datasets, the hub, or code of the task itself
             raise InputError(
-                f"The task {name} cannot be loaded: {type(e).__name__}: {_first_line(e)}",
+                f"The task {name} cannot be loaded: {type(e).__name__}: {first_line(e)}",
                 hint="Data on the hub must be fetched online once; tasks with data of your own need no network.",
             ) from e
         for part in loaded:
@@ -255,8 +255,3 @@ def _quiet() -> Iterator[None]:
         task.tqdm = bar
         if shown:
             datasets.enable_progress_bars()
-
-
-def _first_line(e: BaseException) -> str:
-    lines = str(e).strip().splitlines()
-    return lines[0] if lines else type(e).__name__

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class SideMemory:
         """Write one safetensors file; the same side memory gives the same bytes."""
         save_tensors(path, self._tensors(), self.manifest())
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over the tensors in sorted order: name, dtype, shape, bytes. The same with and without texts."""
         digest = hashlib.sha256()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wisecli.errors import ModelError, UsageError
+from wisecli.errors import ModelError, UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,14 +124,14 @@ def load_base(
             )
     except (OSError, ValueError, RuntimeError, KeyError) as e:
         raise ModelError(
-            f"Cannot load the base {source!r}: {_first_line(e)}",
+            f"Cannot load the base {source!r}: {first_line(e)}",
             hint="Give a folder with config.json, tokenizer files and model.safetensors, or a hub id; "
             "leave --model out to use the demonstration base.",
         ) from e
     except Exception as e:  # safetensors and the hub raise types of their own for broken files
         if type(e).__module__.split(".")[0] not in {"safetensors_rust", "safetensors", "huggingface_hub", "httpx"}:
             raise
-        raise ModelError(f"Cannot load the base {source!r}: {_first_line(e)}", hint="Fetch it again.") from e
+        raise ModelError(f"Cannot load the base {source!r}: {first_line(e)}", hint="Fetch it again.") from e
     model, report = loaded
     if report["missing_keys"]:  # transformers would only warn and fill them with random numbers
         raise ModelError(
@@ -176,11 +176,6 @@ def _check_local(source: str) -> None:
         raise ModelError(f"The folder {source!r} has no config.json.", hint="Give the folder of a checkpoint.")
     if looks_local and not path.exists():
         raise ModelError(f"There is no base at {source!r}.", hint="Check the path given with --model.")
-
-
-def _first_line(e: BaseException) -> str:
-    lines = str(e).strip().splitlines()
-    return lines[0] if lines else type(e).__name__
 
 
 def fingerprint(weight: Tensor) -> dict[str, str]:
