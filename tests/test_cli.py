@@ -727,7 +727,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(
     whole, base_batches = json.loads(out), cached(tmp_path / "whole")
     assert base_batches == 50
     cache = tmp_path / "cut"
-    env = {**os.environ, "WISE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}  # as this process: threads are part of the key
+    env = {**os.environ, "WISE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}  # as here: part of the key
     process = subprocess.Popen([sys.executable, "-m", "wisecli", *argv], env=env, stdout=subprocess.DEVNULL)
     try:
         while process.poll() is None and (not cache.exists() or cached(cache) < base_batches + 10):
