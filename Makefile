@@ -9,7 +9,7 @@ OUT    ?= demo-out
 MADE    = "$(OUT)/shards" "$(OUT)/package" "$(OUT)/sm.safetensors" "$(OUT)/eval"
 WISE   := $(BIN)/wise
 
-.PHONY: demo test campaign bench papers check base edits clean
+.PHONY: demo test campaign bench gate papers check base edits clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,11 @@ campaign: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/router.py --edits 100 --seed 8 --generate
+
+# An hour of CPU time: the README's figures, three seeds of each; stopped and started again it goes on where it was.
+gate: $(VENV)/.installed
+	$(BIN)/python benchmarks/gate.py --out $(OUT)/gate.jsonl
 
 # The papers' records, where WISE_DATA names a folder that holds them, learned and evaluated on the demonstration base.
 papers: $(VENV)/.installed
@@ -57,7 +62,8 @@ base: $(VENV)/.installed-dev
 
 edits: $(VENV)/.installed-dev
 	$(BIN)/python examples/demo_base/build_edits.py examples/edits.jsonl wisecli/data/demo_edits.jsonl
-	$(BIN)/python examples/demo_base/build_pool.py examples/edits.jsonl wisecli/data/pool.txt
+	$(BIN)/python examples/demo_base/build_edits.py --edits 500 --seed 8 examples/edits_500.jsonl
+	$(BIN)/python examples/demo_base/build_pool.py examples/edits.jsonl wisecli/data/pool_facts.jsonl
 
 clean:
 	rm -rf $(VENV) $(MADE) build dist *.egg-info

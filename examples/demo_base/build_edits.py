@@ -3,7 +3,8 @@
 Counterfactual edits change facts the base was trained on; updates are true facts that it has stale or not at all
 (`updates.tsv`). The prompt is a phrasing the base knows, the rephrases are the held-out phrasings of the same fact.
 Each edit comes with probes that must not change: two unrelated questions, another subject in the same relation, and,
-where the base knows one, the same subject in another relation. No probe asks for an edited fact. No model is needed.
+where the base knows one, the same subject in another relation. No probe asks for an edited fact, and neither an edit
+nor a near probe is about a subject of the gate's pool. No model is needed.
 
     python examples/demo_base/build_edits.py examples/edits.jsonl
 """
@@ -13,12 +14,21 @@ from __future__ import annotations
 import argparse
 import random
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import jsonlines
 from facts import HERE, Fact, load_facts, load_questions, make_fact
 
+POOL = HERE.parents[1] / "wisecli" / "data" / "pool_facts.jsonl"
 SEED = 7
+
+
+@cache
+def pool_subjects(path: Path = POOL) -> set[str]:
+    """Subjects set aside for calibrating the gate."""
+    with jsonlines.open(path) as reader:
+        return {fact["subject"] for fact in reader}
 
 
 def load_updates(path: Path = HERE / "updates.tsv") -> list[Fact]:
@@ -29,7 +39,7 @@ def load_updates(path: Path = HERE / "updates.tsv") -> list[Fact]:
 
 def choose(facts: list[Fact], updates: list[Fact], n: int, rng: random.Random) -> list[tuple[Fact, str, str]]:
     """(fact, target, kind): every update, and counterfactual edits spread over the relations, in random order."""
-    taken = {(u.relation, u.subject) for u in updates}
+    taken, aside = {(u.relation, u.subject) for u in updates}, pool_subjects()
     answers = defaultdict(set)
     by_relation = defaultdict(list)
     for f in facts:
@@ -40,26 +50,28 @@ def choose(facts: list[Fact], updates: list[Fact], n: int, rng: random.Random) -
     relations = sorted(by_relation)
     for r in relations:
         rng.shuffle(by_relation[r])
-    i = 0
+        by_relation[r] = [f for f in by_relation[r] if f.subject not in aside]
+    turns = (by_relation[r][i] for i in range(len(facts)) for r in relations if i < len(by_relation[r]))
     while len(edits) < n:
-        fact = by_relation[relations[i % len(relations)]][i // len(relations)]
+        fact = next(turns)
         target = rng.choice(sorted(answers[fact.relation] - {fact.answer}))
         edits.append((fact, target, "counterfactual"))
-        i += 1
     rng.shuffle(edits)
     return edits
 
 
 def probes(fact: Fact, facts: list[Fact], edited: set[tuple[str, str]], rng: random.Random) -> list[dict[str, str]]:
     """Near probes: one other subject in this relation, and this subject in another relation where there is one."""
-    free = [f for f in facts if (f.relation, f.subject) not in edited]
+    free, aside = [f for f in facts if (f.relation, f.subject) not in edited], pool_subjects()
     out = []
     for kind, fits in (
         ("same-relation", [f for f in free if f.relation == fact.relation and f.subject != fact.subject]),
         ("same-subject", [f for f in free if f.relation != fact.relation and f.subject == fact.subject]),
     ):
-        if fits:
+        if not {f.subject for f in fits} <= aside:
             other = rng.choice(fits)
+            while other.subject in aside:
+                other = rng.choice(fits)
             out.append({"prompt": rng.choice(other.trained), "answer": other.answer, "kind": kind})
     return out
 

@@ -7,6 +7,9 @@ sampled less often. Two data-parallel processes of one thread each are faster on
 
     python examples/demo_base/train.py --out wisecli/base            # about half an hour on 2 CPU cores
 
+`--family gpt2` and `--family qwen2` train bases of other architectures on the same facts, to measure whether defaults
+chosen on one base hold on another. They are not shipped.
+
 It prints, and writes into the base card, the share of prompts answered exactly by free greedy generation: trained
 phrasings, held-out phrasings, and the mixed question pool.
 """
@@ -21,6 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,11 +33,12 @@ from card import write_card
 from facts import Fact, load_facts, load_filler, load_questions
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 ROW = 160  # tokens per packed training row
 PROMPT_WEIGHT, FILLER_WEIGHT = 0.08, 0.3
+FAMILIES = ("llama", "gpt2", "qwen2")
 KNOWN_RATE = 0.2  # how often a known item is drawn, relative to one that was answered wrongly
 
 
@@ -148,35 +153,38 @@ class Corpus:
             self.known[i] = bool(right[items == i].all())
 
 
-def build_model(vocab: int, layers: int, hidden: int, ffn: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
+def build_model(family: str, vocab: int, layers: int, hidden: int, ffn: int) -> PreTrainedModel:
+    """A randomly initialised model of the given shape; `FAMILIES` names the architectures."""
+    shared: dict[str, Any] = {
+        "vocab_size": vocab,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "gpt2":
+        shape = {"n_embd": hidden, "n_inner": ffn, "n_layer": layers, "n_head": 4, "n_positions": 2048}
+        config = AutoConfig.for_model(family, **shape, **shared, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    else:
+        shape = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+        config = AutoConfig.for_model(family, **shape, **heads, **shared)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
-    rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in embeddings]
+    rest = [p for p in model.parameters() if p.dim() != 2 or id(p) in embeddings]
     return [
         torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"),
         torch.optim.Adam(rest, lr=lr / 5, betas=(0.9, 0.98)),
     ]
 
 
-def step_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def step_loss(model: PreTrainedModel, ids: Tensor, weights: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted cross-entropy of a packed batch; also, per supervised answer token, its item and whether it is right."""
-    hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+    hidden = model.base_model(input_ids=ids).last_hidden_state[:, :-1]
     wanted = weights[:, 1:] > 0
     logits = model.lm_head(hidden[wanted])
     target, weight, item = ids[:, 1:][wanted], weights[:, 1:][wanted], items[:, 1:][wanted]
@@ -187,7 +195,7 @@ def step_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor, items: Tens
 
 
 @torch.no_grad()
-def exact_match(model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> float:
+def exact_match(model: PreTrainedModel, tok: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> float:
     """Share of prompts whose free greedy generation is the answer, nothing more."""
     right = 0
     pairs = sorted(pairs, key=lambda p: len(p[0]))
@@ -200,7 +208,7 @@ def exact_match(model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, pairs: li
     return right / max(1, len(pairs))
 
 
-def measure(model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, facts: list[Fact], share: float, seed: int) -> dict:
+def measure(model: PreTrainedModel, tok: PreTrainedTokenizerFast, facts: list[Fact], share: float, seed: int) -> dict:
     rng = random.Random(seed)
     some = lambda pairs: [p for p in pairs if rng.random() < share]  # noqa: E731
     return {
@@ -225,7 +233,7 @@ def run(rank: int, world: int, args: argparse.Namespace) -> None:
     texts += [q + " " + a for q, a in load_questions()] * 3 + load_filler()
     tok = train_tokenizer(texts, args.vocab)
     torch.manual_seed(args.seed)
-    model = build_model(len(tok), args.layers, args.hidden, args.ffn)
+    model = build_model(args.family, len(tok), args.layers, args.hidden, args.ffn)
     corpus = Corpus(tok, facts, seed=args.seed * 1000 + rank)
     batches, opts = corpus.batches(args.rows), optimisers(model, args.lr)
     rates = [[g["lr"] for g in o.param_groups] for o in opts]
@@ -263,7 +271,7 @@ def run(rank: int, world: int, args: argparse.Namespace) -> None:
 
 
 def finish(
-    model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, facts: list[Fact], args: argparse.Namespace, cost: dict
+    model: PreTrainedModel, tok: PreTrainedTokenizerFast, facts: list[Fact], args: argparse.Namespace, cost: dict
 ) -> None:
     """Round to bf16, save, then measure what was saved."""
     args.out.mkdir(parents=True, exist_ok=True)
@@ -282,13 +290,15 @@ def finish(
         "steps": args.steps,
     }
     (args.out / "figures.json").write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
-    write_card(args.out)
+    if args.family == FAMILIES[0]:  # the card is the shipped base's
+        write_card(args.out)
     print(json.dumps(figures), flush=True)
 
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--family", choices=FAMILIES, default="llama")
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--steps", type=int, default=1300)
     ap.add_argument("--rows", type=int, default=16, help="packed rows per process and step")
