@@ -570,18 +570,38 @@ def test_a_row_of_special_tokens_alone_can_still_be_routed() -> None:
     assert rule.mask(ids, real).tolist() == [[False, False, True, True]]
 
 
-def test_a_prefix_is_cut_only_where_it_stands() -> None:
-    rule = ContentRule((), (5, 6), (7, 8))
-    ids = torch.tensor([[5, 6, 9, 7, 8], [9, 5, 6, 7, 9], [0, 5, 6, 7, 8]])
-    real = torch.tensor([[True] * 5, [True] * 5, [False] + [True] * 4])
-    want = [[False, False, True, False, False], [True] * 5, [False] + [True] * 4]  # the last: nothing but template
+def test_content_stands_between_the_last_opening_and_the_last_closing() -> None:
+    rule = ContentRule((), ((5, 6),), ((7, 8),))
+    ids = torch.tensor([[5, 6, 9, 7, 8], [9, 5, 6, 7, 9], [0, 5, 6, 7, 8], [9, 5, 9, 7, 8], [5, 6, 7, 8, 9]])
+    real = torch.tensor([[True] * 5, [True] * 5, [False] + [True] * 4, [True] * 5, [True] * 4 + [False]])
+    want = [
+        [False, False, True, False, False],
+        [False, False, False, True, True],
+        [False] + [True] * 4,  # nothing but template
+        [True, True, True, False, False],
+        [True] * 4 + [False],
+    ]
     assert rule.mask(ids, real).tolist() == want
+
+
+def test_a_mark_in_the_padding_is_none() -> None:
+    rule = ContentRule((), ((5,),), ((7,),))
+    ids, real = torch.tensor([[5, 5, 8, 7, 7]]), torch.tensor([[False, True, True, True, False]])
+    assert rule.mask(ids, real).tolist() == [[False, False, True, False, False]]
+    ids, real = torch.tensor([[8, 8, 8, 5, 7]]), torch.tensor([[True, True, True, False, False]])
+    assert rule.mask(ids, real).tolist() == real.tolist()
+
+
+def test_a_rule_of_a_fixed_prefix_and_suffix_is_still_read() -> None:
+    old = {"special_ids": [0], "prefix": [5, 6], "suffix": []}
+    assert ContentRule.from_json(old) == ContentRule((0,), ((5, 6),), ())
+    assert ContentRule.from_json({}) == ContentRule()
 
 
 def test_a_content_rule_survives_json() -> None:
     rule = _chatting(system="be brief").rule
-    assert rule.prefix
-    assert rule.suffix
+    assert rule.openings
+    assert rule.closings
     assert ContentRule.from_json(json.loads(json.dumps(rule.to_json()))) == rule
 
 

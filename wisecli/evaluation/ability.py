@@ -144,7 +144,7 @@ def _longest(base: Base) -> int:
 def _split(encoder: PromptEncoder, passage: str, number: int, limit: int) -> Row:
     """A passage as prompt and target of equal length; special tokens in front of the text count for neither half."""
     ids = encoder.prompt(passage).prompt[:limit] if passage.strip() else ()
-    special = set(encoder.tokenizer.all_special_ids)
+    special = encoder.special
     start = next((i for i, token in enumerate(ids) if token not in special), len(ids))
     middle = start + (len(ids) - start) // 2
     if middle == start:

@@ -152,7 +152,7 @@ def _generated(
     base: Base, encoder: PromptEncoder, rows: Sequence[Row], caps: Sequence[int], attached: Attached | None
 ) -> list[Answer]:
     """One batch, answered."""
-    special = set(encoder.tokenizer.all_special_ids)
+    special = encoder.special
     batch = encoder.batch(rows).to(base.model.device)
     out = base.model.generate(**batch.inputs, **GREEDY, max_new_tokens=max(caps), pad_token_id=encoder.pad)
     routes = _routes(attached, len(rows))

@@ -76,6 +76,7 @@ def run_harness(
             side_memory,
             tokenizer=copy.deepcopy(base.tokenizer),  # lm_eval may add a padding token to it
             batch_size=batch_size,
+            add_bos_token=False if chat else None,  # only the template adds special tokens, as while editing
         )
         how = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot, "chat": chat}
         passes = []

@@ -1,8 +1,9 @@
 """From text to token rows, the same way while editing, calibrating, evaluating and chatting.
 
 A row is a prompt, alone or followed by its target. Its *content* tokens are what the user wrote: no padding, no special
-tokens, nothing a chat template adds. Routing looks at content tokens only, so `ContentRule` can be stored with a side
-memory and applied later to bare token ids. This module does not run models.
+tokens, nothing a chat template adds; of a conversation, the words of the last user turn. Routing looks at content
+tokens only, so `ContentRule` can be stored with a side memory and applied later to bare token ids. This module does not
+run models.
 
 Shapes: `B` rows, `T` tokens.
 """
@@ -15,24 +16,34 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wisecli.errors import InputError, UsageError
+from wisecli.models.template import ChatTemplate, special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Two user turns that share no first or last token; what their renderings share is the template's.
-_TEMPLATE_PROBES = ("Zebras drink", "7 quick words!")
-
 
 @dataclass(frozen=True)
 class ContentRule:
-    """Which tokens of a prompt are content: not special, and outside the template's fixed prefix and suffix."""
+    """Which tokens of a prompt are content: no special ones and, in a chat template, the words of the last user turn.
+
+    They begin behind the last opening and end before the last closing, each a token sequence the template puts there
+    whatever is said. So system messages, dates and earlier turns before them, and the beginning of an answer behind
+    them, are no content. A token that holds a piece of the template and a piece of the words, where the tokenizer
+    merged them, is.
+
+    Special tokens written out in a user's words become special tokens when the template is tokenized. Where words hold
+    a whole opening the model itself sees a new user turn there, and so does this rule: what follows it is the content.
+    A closing among the words changes nothing. In a row without any opening, such as plain text, all counts up to the
+    closing, if there is one.
+    """
 
     special_ids: tuple[int, ...] = ()
-    prefix: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
+    openings: tuple[tuple[int, ...], ...] = ()
+    closings: tuple[tuple[int, ...], ...] = ()
 
     def mask(self, ids: Tensor, real: Tensor) -> Tensor:
         """Content mask [B, T] of token ids [B, T], given which positions are real (not padding) [B, T].
@@ -42,22 +53,60 @@ class ContentRule:
         content = real.clone()
         if self.special_ids:
             content &= ~torch.isin(ids, torch.tensor(self.special_ids, device=ids.device, dtype=ids.dtype))
-        if self.prefix or self.suffix:
-            for row, keep, where in zip(ids, content, real, strict=True):
-                positions = where.nonzero()[:, 0]
-                tokens = tuple(row[positions].tolist())
-                if self.prefix and tokens[: len(self.prefix)] == self.prefix:
-                    keep[positions[: len(self.prefix)]] = False
-                if self.suffix and tokens[-len(self.suffix) :] == self.suffix:
-                    keep[positions[-len(self.suffix) :]] = False
+        if self.openings or self.closings:
+            content &= self._last_turn(ids, real)
         return torch.where(content.any(1, keepdim=True), content, real)
 
-    def to_json(self) -> dict[str, list[int]]:
-        return {"special_ids": list(self.special_ids), "prefix": list(self.prefix), "suffix": list(self.suffix)}
+    def _last_turn(self, ids: Tensor, real: Tensor) -> Tensor:
+        """The words of the last user turn [B, T]."""
+        places = torch.arange(ids.shape[1] + 1, device=ids.device)  # between tokens
+        closed = [_ends(ids, real, c) for c in self.closings]
+        at = _last(_any(closed, real), places)  # where the last closing ends [B], 0 for none
+        longest = places[:1].expand(len(ids))
+        for mark, hits in zip(self.closings, closed, strict=True):
+            longest = torch.where(hits.gather(1, at[:, None])[:, 0], longest.clamp(min=len(mark)), longest)
+        closing = torch.where(at > 0, at - longest, ids.shape[1])
+        opened = [_ends(ids, real, o) for o in self.openings]
+        open_still = [h & (places - len(o) >= at[:, None]) for o, h in zip(self.openings, opened, strict=True)]
+        unanswered = _last(_any(open_still, real), places)  # a turn with no closing of its own
+        start = torch.where(
+            unanswered > 0, unanswered, _last(_any(opened, real) & (places <= closing[:, None]), places)
+        )
+        end = torch.where(unanswered > 0, ids.shape[1], closing)
+        return (places[:-1] >= start[:, None]) & (places[:-1] < end[:, None])
+
+    def to_json(self) -> dict[str, Any]:
+        marks = {"openings": self.openings, "closings": self.closings}
+        return {"special_ids": list(self.special_ids)} | {k: [list(x) for x in v] for k, v in marks.items()}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ContentRule:
-        return cls(*(tuple(data.get(k, ())) for k in ("special_ids", "prefix", "suffix")))
+    def from_json(cls, data: Mapping[str, Any]) -> ContentRule:
+        """The rule that `to_json` wrote. A fixed prefix and suffix, as written once, are an opening and a closing."""
+        marks = []
+        for name, once in (("openings", "prefix"), ("closings", "suffix")):
+            found = data.get(name, [data[once]] if data.get(once) else [])
+            marks.append(tuple(tuple(int(i) for i in mark) for mark in found if mark))
+        return cls(tuple(data.get("special_ids", ())), *marks)
+
+
+def _ends(ids: Tensor, real: Tensor, mark: tuple[int, ...]) -> Tensor:
+    """Where a token sequence ends in rows [B, T]: [B, T + 1], place j standing before token j."""
+    n = len(mark)
+    if n > ids.shape[1]:
+        return torch.zeros(len(ids), ids.shape[1] + 1, dtype=torch.bool, device=ids.device)
+    same = ids.unfold(1, n, 1) == torch.tensor(mark, device=ids.device, dtype=ids.dtype)
+    return F.pad((same & real.unfold(1, n, 1)).all(2), (n, 0))
+
+
+def _any(hits: Sequence[Tensor], real: Tensor) -> Tensor:
+    """Whether any of them hits [B, T + 1]."""
+    none = torch.zeros(real.shape[0], real.shape[1] + 1, dtype=torch.bool, device=real.device)
+    return torch.stack([none, *hits]).any(0)
+
+
+def _last(hits: Tensor, places: Tensor) -> Tensor:
+    """The last place that hits [B], 0 for none."""
+    return (hits * places).amax(1)
 
 
 def last_content(content: Tensor) -> Tensor:
@@ -117,29 +166,21 @@ class PromptEncoder:
     rule: ContentRule = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.chat and not getattr(self.tokenizer, "chat_template", None):
-            raise UsageError("This base has no chat template.", hint="Drop --chat, or use an instruct model.")
-        prefix: tuple[int, ...] = ()
-        suffix: tuple[int, ...] = ()
-        if self.chat:
-            a, b = (self._render(p) for p in _TEMPLATE_PROBES)
-            prefix, suffix = _common(a, b), _common(a[::-1], b[::-1])[::-1]
-        self.rule = ContentRule(tuple(sorted(self.tokenizer.all_special_ids)), prefix, suffix)
+        self._template = ChatTemplate(self.tokenizer, self.system) if self.chat else None
+        marks = (self._template.openings, self._template.closings) if self._template else ()
+        self.rule = ContentRule(tuple(sorted(self.special)), *marks)
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """Ids of special tokens."""
+        return special_ids(self.tokenizer)
 
     @cached_property
     def eos(self) -> tuple[int, ...]:
         """What ends an answer: the chat template's end of turn, else the tokenizer's EOS, () when there is none."""
-        turn = self._end_of_turn() if self.chat else None
+        turn = self._template.end if self._template else None
         eos = self.tokenizer.eos_token_id if turn is None else turn
         return () if eos is None else (int(eos),)
-
-    def _end_of_turn(self) -> int | None:
-        """The special token that follows an assistant's message in the chat template, None when there is none."""
-        answer = "Fine"
-        messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
-        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        after = self.tokenizer(text[text.rfind(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
-        return int(after[0]) if after and after[0] in self.tokenizer.all_special_ids else None
 
     @property
     def pad(self) -> int:
@@ -147,31 +188,9 @@ class PromptEncoder:
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None else (self.eos[0] if self.eos else 0)
 
-    def _render(self, prompt: str) -> tuple[int, ...]:
-        if not self.chat:
-            ids = tuple(self.tokenizer(prompt)["input_ids"])
-            return ids[:-1] if self.eos and ids[-1:] == self.eos and len(ids) > 1 else ids  # some end every text
-        return self._render_chat([{"role": "user", "content": prompt}])
-
-    def _render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Ids of a conversation with the generation prompt. Only the template adds special tokens: one BOS, not two."""
-        from jinja2.exceptions import TemplateError
-
-        said = [dict(m) for m in messages]
-        if self.system:
-            said.insert(0, {"role": "system", "content": self.system})
-        try:
-            text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        except TemplateError as e:
-            raise UsageError(
-                f"The chat template of this base refuses these messages: {e}",
-                hint="Leave --system out." if self.system else "Use --no-chat.",
-            ) from e
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def prompt(self, text: str) -> Row:
         """Token row of a prompt alone, as generation starts from it."""
-        return _row(self._render(text))
+        return _row(self._start(text)[1])
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> Row:
         """Token row of a conversation that ends with a user's message, rendered as a whole.
@@ -179,8 +198,8 @@ class PromptEncoder:
         Args:
             messages: `role` (user or assistant) and `content` of each. Without a chat template, exactly one.
         """
-        if self.chat:
-            return _row(self._render_chat(messages))
+        if self._template is not None:
+            return _row(self._template.ids(self._template.text(messages)))
         if len(messages) != 1:
             raise UsageError("A conversation of several messages needs a chat template.", hint="Ask one question.")
         return self.prompt(messages[0]["content"])
@@ -188,24 +207,43 @@ class PromptEncoder:
     def pair(self, prompt: str, target: str, *, eos: bool = True) -> Row:
         """Token row of a prompt followed by its target.
 
-        Target ids come from the joint encoding, so that no tokenizer adds a stray word-start piece. When the tokenizer
-        merges across the boundary the prompt keeps the tokens that generation would start from and the target is
-        encoded behind them, so that decoding continues exactly there.
+        The target begins as decoding begins: in plain text after a space, in a chat template right behind the
+        generation prompt, or behind the white space the template itself puts there. Its ids come from the joint
+        encoding, so that no tokenizer adds a stray word-start piece. When the tokenizer merges across the boundary the
+        prompt keeps the tokens that generation would start from and the target is encoded behind them, so that decoding
+        continues exactly there.
         """
-        start = self.prompt(prompt).prompt
-        if self.chat:
-            tail = tuple(self.tokenizer(target, add_special_tokens=False)["input_ids"])
+        text, start = self._start(prompt)
+        if self._template is not None:
+            said = target.lstrip()
+            said = self._template.lead + said if said else ""
         else:
-            gap = "" if prompt[-1:].isspace() or target[:1].isspace() else " "
-            joint = tuple(self.tokenizer(prompt + gap + target, add_special_tokens=True)["input_ids"])
-            joint = joint[:-1] if self.eos and joint[-1:] == self.eos else joint
-            if joint[: len(start)] == start and len(joint) > len(start):
-                tail = joint[len(start) :]
-            else:
-                tail = tuple(self.tokenizer(gap + target, add_special_tokens=False)["input_ids"])
+            said = target if prompt[-1:].isspace() or target[:1].isspace() else f" {target}"
+        joint = self._joint(text + said)
+        whole = joint[: len(start)] == start and len(joint) > len(start)
+        tail = joint[len(start) :] if whole else self._behind(said)
         if not tail:
             raise InputError("The target has no tokens.", hint="Give a target with at least one character.")
         return Row(start, tail + (self.eos if eos else ()))
+
+    def _start(self, prompt: str) -> tuple[str, tuple[int, ...]]:
+        """The text that generation starts from, and its ids."""
+        if self._template is not None:
+            text = self._template.text([{"role": "user", "content": prompt}])
+            return text, self._template.ids(text)
+        return prompt, self._joint(prompt)
+
+    def _joint(self, text: str) -> tuple[int, ...]:
+        """Ids of a whole text, with what the tokenizer puts before texts unless a template does; none ends them."""
+        ids = tuple(self.tokenizer(text, add_special_tokens=self._template is None)["input_ids"])
+        return ids[:-1] if self.eos and ids[-1:] == self.eos and len(ids) > 1 and self._template is None else ids
+
+    def _behind(self, text: str) -> tuple[int, ...]:
+        """Ids of a text that stands behind another: without the piece some tokenizers put where a text begins."""
+        mark, marked, alone = (
+            tuple(self.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in ("\n", f"\n{text}", text)
+        )
+        return marked[len(mark) :] if text and marked[: len(mark)] == mark else alone
 
     def batch(self, rows: Sequence[Row], *, side: str = "left") -> Batch:
         """Pad rows to one batch; `side` is where the padding goes."""
@@ -232,8 +270,3 @@ def _row(ids: tuple[int, ...]) -> Row:
     if not ids:
         raise InputError("The prompt has no tokens.", hint="Give a prompt with at least one character.")
     return Row(ids)
-
-
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return a[:n]
