@@ -118,6 +118,17 @@ def build_model(kind: str, vocab: int, seed: int = 0) -> Any:
     return model
 
 
+def few_pool_prompts(patched: pytest.MonkeyPatch, prompts: int = 48, facts: int = 8) -> None:
+    """A small pool is enough for a tiny model, and many times as quick."""
+    from wisecli.data import pool
+
+    ordinary, known = pool.ordinary_prompts()[:prompts], pool.pool_facts()[:facts]
+    for module in ("data.pool", "editing.rewording"):
+        patched.setattr(f"wisecli.{module}.pool_facts", lambda: known)
+    for module in ("data.pool", "editing.merge", "editing.published"):
+        patched.setattr(f"wisecli.{module}.ordinary_prompts", lambda: ordinary)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return build_tokenizer()
@@ -174,8 +185,9 @@ def make_side_memory(encoder: Any) -> Callable[..., Any]:
     Args of the factory: `site` (auto when None), `deltas` (one random one when None), `memory_of` (memory of each
     edit), `epsilon` (per memory, a dict per router), `encoder` (to encode with another).
     """
+    from wisecli.data.pool import ALONE
     from wisecli.memory.bits import SparseDelta
-    from wisecli.memory.keys import KeyStore, Whitening
+    from wisecli.memory.keys import KeySpace, KeyStore
     from wisecli.memory.side_memory import EditEntry, Memory, SideMemory
     from wisecli.models.base import fingerprint
     from wisecli.models.site import find_site
@@ -196,9 +208,9 @@ def make_side_memory(encoder: Any) -> Callable[..., Any]:
         memory_of = memory_of or [0] * len(prompts)
         epsilon = epsilon or [{"key": 0.9, "activation": 0.0}] * len(deltas)
         captured = UpperModel(model, site, encoder).capture([encoder.prompt(p) for p in prompts])
-        background = torch.cat([r.a for r in captured]).float()
-        whitening = Whitening.fit(background, 16)
-        keys = whitening(torch.stack([r.last for r in captured]))
+        background = torch.cat([r.stream for r in captured]).float()
+        space = KeySpace.fit(background, torch.full((len(background),), ALONE), 16)
+        keys = space(torch.stack([r.entry for r in captured]))
         return SideMemory(
             base={
                 "name": "tiny",
@@ -212,7 +224,7 @@ def make_side_memory(encoder: Any) -> Callable[..., Any]:
                 Memory(SparseDelta.pack(d), e, tuple(f"e{i}" for i, m in enumerate(memory_of) if m == j), {"seed": j})
                 for j, (d, e) in enumerate(zip(deltas, epsilon, strict=True))
             ),
-            keys=KeyStore(whitening, keys.half(), torch.arange(len(prompts))),
+            keys=KeyStore(space, keys.half(), torch.arange(len(prompts)), torch.zeros(len(prompts)).half()),
             edits=tuple(
                 EditEntry(f"e{i}", m, True, p, " Paris", {"note": i})
                 for i, (p, m) in enumerate(zip(prompts, memory_of, strict=True))

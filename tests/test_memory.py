@@ -30,7 +30,7 @@ from wisecli.memory.files import (
     write_bytes,
     write_json,
 )
-from wisecli.memory.keys import KeyStore, Whitening
+from wisecli.memory.keys import KeySpace, KeyStore, crowding
 from wisecli.memory.side_memory import EditEntry, Memory, SideMemory
 from wisecli.models.prompts import ContentRule
 from wisecli.models.site import EditSite
@@ -46,17 +46,17 @@ def example(seed: int = 0, memories: int = 2) -> SideMemory:
     g = torch.Generator().manual_seed(seed)
     site = EditSite("model.layers.2.mlp.down_proj", 2, 12, 7, False)
     deltas = [torch.where(draw_mask((7, 12), 0.3, s), torch.randn(7, 12, generator=g), 0.0) for s in range(memories)]
-    whitening = Whitening.fit(torch.randn(20, 12, generator=g), 5)
-    vectors = whitening(torch.randn(3, 12, generator=g)).half()
+    space = KeySpace.fit(torch.randn(20, 12, generator=g), torch.arange(20) // 2, 5)
+    vectors = space(torch.randn(3, 12, generator=g)).half()
     return SideMemory(
         base={"name": "tïny", "revision": "abc", "model_type": "llama", "fingerprint": {"float32": "00"}},
         site=site,
-        rule=ContentRule((0, 1, 2), (5, 6), (7,)),
+        rule=ContentRule((0, 1, 2), ((5, 6),), ((7,),)),
         memories=tuple(
-            Memory(SparseDelta.pack(d), {"key": 0.5 + j, "activation": 1.25}, (f"e{j}",), {"seed": j})
+            Memory(SparseDelta.pack(d), {"key": 0.5 + j, "activation": 1.25}, (f"e{j}",), {"seed": j}, {"wide": 0.25})
             for j, d in enumerate(deltas)
         ),
-        keys=KeyStore(whitening, vectors, torch.tensor([0, 1, 1])),
+        keys=KeyStore(space, vectors, torch.tensor([0, 1, 1]), torch.tensor([0.25, 0.5]).half()),
         edits=(EditEntry("e0", 0, True, "Où?", "là", {"loss": 0.1}), EditEntry("e1", 1, False)),
         router="activation",
         chat=True,
@@ -90,8 +90,9 @@ def assert_same(a: SideMemory, b: SideMemory) -> None:
     for x, y in (
         (a.keys.keys, b.keys.keys),
         (a.keys.owner, b.keys.owner),
-        (a.keys.whitening.mean, b.keys.whitening.mean),
-        (a.keys.whitening.projection, b.keys.whitening.projection),
+        (a.keys.crowding, b.keys.crowding),
+        (a.keys.space.mean, b.keys.space.mean),
+        (a.keys.space.projection, b.keys.space.projection),
     ):
         assert torch.equal(x, y)
         assert x.dtype == y.dtype
@@ -249,7 +250,7 @@ def test_texts_can_be_left_out(tmp_path: Path) -> None:
 
 def test_unknown_manifest_keys_of_a_newer_minor_version_are_kept(tmp_path: Path) -> None:
     path = saved(tmp_path / "sm.safetensors")
-    rewrite(path, lambda m, t: m.update(format_version="1.7", novelty={"x": [1, {"y": 2}]}))
+    rewrite(path, lambda m, t: m.update(format_version="2.7", novelty={"x": [1, {"y": 2}]}))
     back = SideMemory.load(path)
     assert back.extra == {"novelty": {"x": [1, {"y": 2}]}}
     back.save(tmp_path / "again")
@@ -280,7 +281,7 @@ def test_unknown_tensors_are_tolerated(tmp_path: Path) -> None:
     assert_same(SideMemory.load(path), example())
 
 
-@pytest.mark.parametrize("version", ["2.0", "2", "10.3", "0.9"])
+@pytest.mark.parametrize("version", ["3.0", "3", "10.3", "1.9"])
 def test_another_major_version_is_refused(tmp_path: Path, version: str) -> None:
     path = saved(tmp_path / "sm.safetensors")
     rewrite(path, lambda m, t: m.update(format_version=version))
@@ -463,26 +464,81 @@ def test_lines_are_appended(tmp_path: Path) -> None:
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
-def test_whitening_gives_unit_vectors_and_is_reproducible() -> None:
-    a = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
-    one, two = Whitening.fit(a, 8), Whitening.fit(a.clone(), 8)
+def facts_in_noise(facts: int, wordings: int, width: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points [N, width] that differ between facts in the first half of the axes and within facts in the other half."""
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.zeros(facts, width)
+    centres[:, : width // 2] = torch.randn(facts, width // 2, generator=g)
+    group = torch.arange(facts).repeat_interleave(wordings)
+    noise = 0.05 * torch.randn(len(group), width, generator=g)
+    noise[:, width // 2 :] *= 40
+    return centres[group] + noise, group
+
+
+def test_a_key_space_gives_unit_vectors_and_is_reproducible() -> None:
+    h, group = facts_in_noise(10, 3)
+    one, two = KeySpace.fit(h, group, 8), KeySpace.fit(h.clone(), group, 8)
     assert torch.equal(one.projection, two.projection)
     assert one.rank == 8
-    torch.testing.assert_close(one(a).norm(dim=-1), torch.ones(30))
+    torch.testing.assert_close(one(h).norm(dim=-1), torch.ones(30))
 
 
 @pytest.mark.parametrize(("n", "rank", "kept"), [(5, 16, 4), (40, 16, 12), (40, 3, 3)])
-def test_whitening_keeps_no_more_directions_than_there_are(n: int, rank: int, kept: int) -> None:
-    a = torch.randn(n, 12, generator=torch.Generator().manual_seed(0))
-    fit = Whitening.fit(a, rank)
-    assert fit.rank == kept
-    assert fit(a).isfinite().all()
+def test_a_key_space_keeps_no_more_directions_than_there_are(n: int, rank: int, kept: int) -> None:
+    h = torch.randn(n, 12, generator=torch.Generator().manual_seed(0))
+    for group in (torch.full((n,), -1), torch.arange(n) // 2):
+        fit = KeySpace.fit(h, group, rank)
+        assert fit.rank == kept
+        assert fit(h).isfinite().all()
+
+
+def test_a_key_space_brings_wordings_of_a_fact_together_where_plain_distance_does_not() -> None:
+    h, group = facts_in_noise(20, 4)
+    new, new_group = facts_in_noise(20, 4, seed=1)
+    plain = torch.nn.functional.normalize(new - h.mean(0), dim=-1)
+
+    def right(z: torch.Tensor) -> float:
+        """Share of points whose nearest other point is a wording of the same fact."""
+        nearest = (z @ z.T).fill_diagonal_(-2).argmax(1)
+        return float((new_group[nearest] == new_group).float().mean())
+
+    assert right(KeySpace.fit(h, group, 6)(new)) > 0.95
+    assert right(plain) < 0.5
+
+
+@given(st.floats(0.01, 100), seeds)
+@quick
+def test_a_key_space_does_not_see_the_scale_of_the_stream(scale: float, seed: int) -> None:
+    h, group = facts_in_noise(12, 3, seed=seed % 1000)
+    a, b = KeySpace.fit(h, group, 6)(h), KeySpace.fit(h * scale, group, 6)(h * scale)
+    torch.testing.assert_close(a @ a.T, b @ b.T, atol=2e-2, rtol=0)
+
+
+def test_groups_of_one_prompt_are_no_wordings() -> None:
+    h = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
+    alone = KeySpace.fit(h, torch.full((30,), -1), 8)
+    assert torch.equal(KeySpace.fit(h, torch.arange(30), 8).projection, alone.projection)
 
 
 def test_a_key_is_nearest_to_itself() -> None:
-    a = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
-    whitening = Whitening.fit(a, 8)
-    store = KeyStore(whitening, whitening(a).half(), torch.arange(30) // 2)
-    score, edit = store.nearest(a)
+    h = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
+    space = KeySpace.fit(h, torch.full((30,), -1), 12)
+    store = KeyStore(space, space(h).half(), torch.arange(30) // 2, torch.zeros(15).half())
+    found, edit = store.nearest(h)
     assert torch.equal(edit, torch.arange(30) // 2)
-    torch.testing.assert_close(score, torch.ones(30), atol=1e-2, rtol=0)
+    torch.testing.assert_close(found, torch.ones(30), atol=1e-2, rtol=0)
+
+
+def test_a_crowded_edit_claims_less() -> None:
+    h = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
+    space = KeySpace.fit(h, torch.full((30,), -1), 12)
+    vectors = space(h).half()
+    store = KeyStore(space, vectors[:2], torch.arange(2), torch.tensor([0.0, 0.8]).half())
+    plain = vectors.float() @ vectors[:2].float().T
+    torch.testing.assert_close(store.scores(h), plain - torch.tensor([0.0, 0.4]), atol=1e-2, rtol=0)
+
+
+def test_crowding_is_the_nearest_ordinary_prompt() -> None:
+    keys, ordinary = torch.eye(3), torch.tensor([[0.6, 0.8, 0.0], [1.0, 0.0, 0.0]])
+    torch.testing.assert_close(crowding(keys, ordinary), torch.tensor([1.0, 0.8, 0.0]))
+    assert torch.equal(crowding(keys, ordinary[:0]), torch.zeros(3))

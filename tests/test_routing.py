@@ -28,7 +28,7 @@ from wisecli.memory.side_memory import SideMemory
 from wisecli.models.site import EditSite, find_site
 from wisecli.models.upper import UpperModel
 from wisecli.routing.attach import Attached, attach
-from wisecli.routing.routers import MAIN, ROUTERS, ActivationRouter, Routes, build_router
+from wisecli.routing.routers import MAIN, ROUTERS, ActivationRouter, Routes, Seen, build_router
 
 PROMPTS = ["the capital of France is", "hello", "what who where world", "Paris?"]
 NEW = 6
@@ -80,7 +80,7 @@ class Scene:
         with attach(self.model, self.memory) as on:
             seen: list[Routes] = []
             decide = on.router.decide
-            on.router.decide = lambda a, content: (seen.append(decide(a, content)), seen[-1])[1]
+            on.router.decide = lambda prompts: (seen.append(decide(prompts)), seen[-1])[1]
             yield on, seen
 
     def expect(self, got: Tensor, base: Tensor, side: Tensor, per: int = 1) -> None:
@@ -729,7 +729,7 @@ def test_a_memory_below_its_own_threshold_hides_none_that_passes() -> None:
     one = torch.eye(2)
     router = ActivationRouter([10 * one, one], torch.tensor([50.0, 0.5]))
     a = torch.tensor([[[1.0, 0.0]], [[9.0, 0.0]], [[0.1, 0.0]]])
-    routes = router.decide(a, torch.ones(3, 1, dtype=torch.bool))
+    routes = router.decide(Seen(a, a, torch.ones(3, 1, dtype=torch.bool)))
     assert routes.memory.tolist() == [1, 0, MAIN]
     torch.testing.assert_close(routes.indicator, torch.tensor([1.0, 90.0, 1.0]))
     torch.testing.assert_close(routes.epsilon, torch.tensor([0.5, 50.0, 50.0]))

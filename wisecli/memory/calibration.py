@@ -1,61 +1,180 @@
-"""Thresholds from scores. Pure functions: scores in, epsilon and the statistics behind it out.
+"""Thresholds from scores. Scores in, epsilon and the statistics behind it out.
 
-The key router opens when a query is closer to a key than ordinary prompts and the stream's hard negatives come; the
-activation router, as published, opens above a share of the weakest in-scope indicator. Evaluation probes are never
-used.
+The key router's epsilon has a stated false-opening rate: the share of near prompts (other facts of a kind, other facts
+about a subject) that may pass. What near prompts score is seen on facts of the pool, some of which stand in for edits;
+what the stream's own hard negatives and forms score corrects it where its prompts are unlike the pool. The activation
+router, as published, opens above a share of the weakest in-scope indicator. Evaluation probes are never used, and
+edits that did not take decide nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-FALSE_OPENING = 0.003  # share of ordinary prompts that may pass the key gate
-NEIGHBOUR_SHARE = 0.9  # share of ordinary prompts that no other ordinary prompt comes as close to
-IN_SCOPE_LOSS = 0.02  # share of edits whose own forms hard negatives may shut out
-HARD_SHARE = 0.9  # share of hard negatives the key gate must stop; some of them are wordings of edited facts
+from wisecli.data.pool import ALONE
+from wisecli.errors import UsageError
+from wisecli.memory.keys import SHARE, KeySpace, crowding, principal_axes, score
+
+FOLDS = 4
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much a side memory claims, as rates.
+
+    Attributes:
+        near: share of near prompts that may pass.
+        ordinary: share of ordinary prompts that may pass.
+        stopped: share of the stream's hard negatives to be stopped; some of them are wordings of edited facts.
+        lost: share of the edits whose own forms hard negatives may shut out.
+    """
+
+    near: float
+    ordinary: float
+    stopped: float
+    lost: float
+
+
+SCOPES: Mapping[str, Scope] = {
+    "narrow": Scope(near=0.005, ordinary=0.0, stopped=0.97, lost=0.05),
+    "balanced": Scope(near=0.02, ordinary=0.002, stopped=0.9, lost=0.02),
+    "wide": Scope(near=0.05, ordinary=0.005, stopped=0.75, lost=0.01),
+}
+DEFAULT_SCOPE = "balanced"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Scores of pool prompts where some of the pool's facts stand in for edits: their other wordings, and near facts.
+
+    `edits` is how many stood in at a time.
+    """
+
+    inside: Tensor
+    near: Tensor
+    edits: int
+
+
+def try_on_pool(h: Tensor, group: Tensor, rank: int) -> Trial:
+    """Cross-fitted: in each fold the key space is fitted on the other facts, so that it has seen none of those tried.
+
+    Args:
+        h: entry of the layer for the pool's prompts [P, D].
+        group: the fact each is a wording of [P]; -1 where alone.
+        rank: of the key space.
+    """
+    facts = group[group != ALONE].unique()
+    axes = principal_axes(h)
+    trials = []
+    for fold in range(FOLDS):
+        held = torch.isin(group, facts[fold::FOLDS])
+        space = KeySpace.fit(h[~held], group[~held], rank, axes)
+        trials.append(try_facts(space(h).half().float().cpu(), group, facts[fold::FOLDS]))
+    tried = max(1, sum(t.edits for t in trials) // FOLDS)
+    return Trial(torch.cat([t.inside for t in trials]), torch.cat([t.near for t in trials]), tried)
+
+
+def try_facts(vectors: Tensor, group: Tensor, facts: Tensor) -> Trial:
+    """Let every other one of some pool facts be an edit whose key is its first wording, and the rest be near prompts.
+
+    A near prompt takes no part in the crowding of the keys it is scored against, nor do the other wordings of its fact:
+    an unseen prompt would not.
+
+    Args:
+        vectors: of the pool's prompts [P, r].
+        group: of the pool's prompts [P]; -1 where alone.
+        facts: the groups that are tried.
+    """
+    edits, rest = facts[::2], facts[1::2]
+    is_edit, near = torch.isin(group, edits), torch.isin(group, rest)
+    if not len(edits) or is_edit.all():
+        return Trial(torch.zeros(0), torch.zeros(0), 0)
+    keys_at = torch.stack([(group == f).nonzero()[0, 0] for f in edits])
+    inside = is_edit.clone()
+    inside[keys_at] = False
+    keys, outside = vectors[keys_at], ~is_edit
+    cosines = vectors[outside] @ keys.T  # [outside, keys]
+    by_fact, fact_of = _best_by_group(cosines, group[outside])  # [facts, keys]
+    best, at = by_fact.topk(min(2, len(by_fact)), 0)
+    tried = near[outside]
+    others = torch.where(fact_of[tried][:, None] == at[0][None], best[-1][None], best[0][None])
+    return Trial(
+        score(vectors[inside], keys, crowding(keys, vectors[outside])).max(1).values,
+        (cosines[tried] - SHARE * others).max(1).values,
+        len(edits),
+    )
+
+
+def _best_by_group(cosines: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest entry per group and column [G, n] of [N, n], and the row's group index [N]; rows alone are groups too."""
+    alone = group == ALONE
+    unique = torch.where(alone, group.max() + 1 + alone.cumsum(0), group)
+    _, index = unique.unique(return_inverse=True)
+    best = torch.full((int(index.max()) + 1, cosines.shape[1]), -1.0)
+    return best.scatter_reduce_(0, index[:, None].expand_as(cosines), cosines, "amax"), index
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold with the quantiles of the scores it was chosen from."""
+    """Thresholds by scope (or the only one) with the quantiles of the scores they were chosen from."""
 
     epsilon: float
-    statistics: dict[str, list[float]]
+    statistics: dict[str, Any]
 
 
-def key_threshold(
-    ordinary: Tensor, neighbours: Tensor, hard: Tensor, in_scope: Tensor, false_opening: float = FALSE_OPENING
-) -> Calibration:
-    """epsilon of the key router.
+def key_threshold(trial: Trial, edits: int, ordinary: Tensor, hard: Tensor, in_scope: Tensor, scope: str) -> float:
+    """epsilon of the key router for one scope.
 
-    The (1 - false_opening) quantile of ordinary prompts' scores, but at least as high as different prompts of a kind
-    come to one another: a stream of few edits meets few of its own neighbours among the ordinary prompts. Where hard
-    negatives come closer than that it is raised to stop most of them, but no further than a low quantile of in-scope
-    scores: edits must stay reachable, and one edit that is out of line decides nothing.
+    The quantile of near prompts' scores in the trial that the scope allows, at least the one of ordinary prompts
+    against this stream's own keys. A prompt meets more keys in a side memory of more edits: where n edits stood in and
+    the side memory holds N of them, 1 - (1 - near)^(n/N) may pass in the trial, and never more than `near`. Where the
+    stream's hard negatives come closer than that it is raised to stop most of them, but no further than a low quantile
+    of in-scope scores: edits must stay reachable, and one edit that is out of line decides nothing.
 
     Args:
-        ordinary: largest cosine with any key, for ordinary prompts [N].
-        neighbours: for each ordinary prompt, its largest cosine with another one [N].
-        hard: the same as `ordinary` for hard negatives made from the stream [M].
-        in_scope: for each edit, the lowest cosine of its bare prompt with another of its forms [E].
+        trial: of the gate, on pool facts.
+        edits: how many the side memory holds.
+        ordinary: largest score of each ordinary prompt [N].
+        hard: the same for hard negatives made from the stream [M].
+        in_scope: for each edit, the lowest score of its other forms for its bare prompt's key [E].
     """
-    stats = {
+    rates = _scope(scope)
+    kept = (1 - rates.near) ** min(1.0, trial.edits / max(1, edits))
+    epsilon = max(_quantile(trial.near, kept), _quantile(ordinary, 1 - rates.ordinary))
+    if len(hard):
+        stop = _quantile(hard, rates.stopped)
+        epsilon = max(epsilon, min(stop, _quantile(in_scope, rates.lost) if len(in_scope) else stop))
+    return round(max(epsilon, 0.0), 6)
+
+
+def key_calibration(
+    trial: Trial, edits: int, ordinary: Tensor, hard: Tensor, in_scope: Tensor, scope: str
+) -> Calibration:
+    """epsilon of a scope, and in the statistics those of all scopes with what they would let pass."""
+    statistics: dict[str, Any] = {
+        "scope": scope,
         "ordinary": quantiles(ordinary),
-        "neighbours": quantiles(neighbours),
         "hard": quantiles(hard),
         "in_scope": quantiles(in_scope),
+        "trial_near": quantiles(trial.near),
+        "trial_inside": quantiles(trial.inside),
+        "scopes": {},
     }
-    epsilon = float(ordinary.float().quantile(1 - false_opening)) if len(ordinary) else 0.0
-    if len(neighbours):
-        epsilon = max(epsilon, float(neighbours.float().quantile(NEIGHBOUR_SHARE)))
-    if len(hard):
-        stop = float(hard.float().quantile(HARD_SHARE))
-        reach = float(in_scope.float().quantile(IN_SCOPE_LOSS)) if len(in_scope) else stop
-        epsilon = max(epsilon, min(stop, reach))
-    return Calibration(round(epsilon, 6), stats)
+    for name in SCOPES:
+        epsilon = key_threshold(trial, edits, ordinary, hard, in_scope, name)
+        statistics["scopes"][name] = {
+            "epsilon": epsilon,
+            "near_opened": _share(trial.near, epsilon),
+            "ordinary_opened": _share(ordinary, epsilon),
+            "hard_opened": _share(hard, epsilon),
+            "wordings_routed": _share(trial.inside, epsilon),
+        }
+    return Calibration(statistics["scopes"][check_scope(scope)]["epsilon"], statistics)
 
 
 def activation_threshold(in_scope: Tensor, out_of_scope: Tensor, act_ratio: float) -> Calibration:
@@ -70,3 +189,26 @@ def quantiles(scores: Tensor) -> list[float]:
         return []
     q = scores.float().quantile(torch.tensor([0.0, 0.01, 0.5, 0.99, 1.0]))
     return [round(float(x), 4) for x in q]
+
+
+def _quantile(scores: Tensor, q: float) -> float:
+    return float(scores.float().quantile(q)) if len(scores) else 0.0
+
+
+def _share(scores: Tensor, epsilon: float) -> float | None:
+    return round(float((scores > epsilon).float().mean()), 4) if len(scores) else None
+
+
+def check_scope(scope: str) -> str:
+    """The scope, if it is one.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if scope not in SCOPES:
+        raise UsageError(f"Unknown scope {scope!r}.", hint=f"Use {', '.join(SCOPES)}.")
+    return scope
+
+
+def _scope(name: str) -> Scope:
+    return SCOPES[check_scope(name)]

@@ -81,6 +81,25 @@ def ensure_writable(folder: Path) -> None:
         ) from e
 
 
+def check_version(where: Path | str, version: str, ours: str, again: str) -> None:
+    """Refuse a file of another major format version.
+
+    Args:
+        where: the file, as the message names it.
+        version: what the file says of itself.
+        ours: the version this tool reads.
+        again: how to make the file anew, for one that is older.
+    """
+    theirs, mine = version.split(".")[0], ours.split(".")[0]
+    if theirs == mine:
+        return
+    older = theirs.isdigit() and int(theirs) < int(mine)
+    raise InputError(
+        f"{where} has format version {version}; this tool reads version {mine}.x.",
+        hint=again if older else "Install a newer wise.",
+    )
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     """Write a safetensors file with its manifest; the same content gives the same bytes."""
     from safetensors.torch import save

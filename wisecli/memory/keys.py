@@ -1,12 +1,22 @@
-"""Edit keys: where in the layer's whitened activation space each edit lives.
+"""Edit keys: where each edit lives among what the base makes of prompts.
 
-A prompt is represented by the FFN activation at its last content token, whitened by the covariance of ordinary prompts
-and projected on its leading directions: z = normalise((a_last - mu) U S^{-1/2}). An edit's keys are the z of its
-prompt, alone and behind short contexts. The score of a query is its largest cosine with a key, and that key names the
-edit. Whitening is the C^{-1} metric of ROME's keys; without it neighbours of an edit score as high as its
-paraphrases.
+A prompt is represented by the residual stream h that enters the edited layer at its last content token. A linear map
+makes wordings of one fact alike and different facts unlike: with S_w the covariance between wordings of one pool fact
+and S_t that of all pool prompts, the columns of P are the generalised eigenvectors of (S_t, S_w) with the largest
+eigenvalues (Fisher's discriminant), scaled so that P^T S_w P = I, and
 
-Shapes: `N` prompts, `F` FFN width, `r` kept directions, `n` keys.
+    z = normalise((h - mu) P).
+
+An edit has one key for its prompt alone and one for each of its forms behind a context. What an ordinary prompt reaches
+by chance differs from edit to edit, so the score of a query q for an edit e takes half of it off:
+
+    s_e(q) = max over keys k of e of  z_q . k  -  crowding_e / 2,
+    crowding_e = max over ordinary prompts p of  z_p . k_e,  with k_e the key of its prompt alone.
+
+The edit of the largest score is the nearest, and names the answer's reason. Published codebooks compare raw distances,
+in which an edit's neighbours score as high as its paraphrases.
+
+Shapes: `N` prompts, `D` model width, `r` kept directions, `n` keys, `E` edits.
 """
 
 from __future__ import annotations
@@ -17,52 +27,113 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RIDGE = 1e-2  # of the mean variance, added to every direction's variance
+from wisecli.data.pool import ALONE
+
+RIDGE = 0.1  # of the mean variance within a fact, added to every direction's
+WIDEST = 1024  # principal directions at most in which the discriminant is sought
+SHARE = 0.5  # of the crowding that is taken off a cosine
 
 
 @dataclass(frozen=True)
-class Whitening:
-    """mu [F] and the projection U S^{-1/2} [F, r], both fp16 as stored; used in fp32."""
+class KeySpace:
+    """mu [D] and the projection P [D, r], both fp16 as stored; used in fp32."""
 
     mean: Tensor
     projection: Tensor
 
     @classmethod
-    def fit(cls, a: Tensor, rank: int) -> Whitening:
-        """Whiten the activations `a` [N, F] of ordinary prompts, keeping at most `rank` leading directions."""
-        a = a.double().cpu()
-        mean = a.mean(0)
-        _, s, v = torch.linalg.svd(a - mean, full_matrices=False)
-        variance = s.square() / max(1, len(a) - 1)
-        # Fewer prompts than directions: the rest of the spectrum is rounding noise, and so are its directions.
-        keep = min(rank, int((variance > 1e-12 * variance[0]).sum()))
-        ridge = RIDGE * variance.sum() / a.shape[1]
-        # The sign of a singular vector is arbitrary: fix it, so that the same activations give the same bytes.
-        v = v[:keep] * torch.sign(v[:keep].gather(1, v[:keep].abs().argmax(1, keepdim=True)))
-        scale = (variance[:keep] + ridge).rsqrt()
-        projection = v.T * scale
+    def fit(cls, h: Tensor, group: Tensor, rank: int, axes: Tensor | None = None) -> KeySpace:
+        """Find the directions that tell facts apart.
+
+        Args:
+            h: entry of the layer for pool prompts [N, D].
+            group: the fact that a prompt is a wording of [N]; -1 for prompts of no group. Without any group of two
+                wordings the space is whitened by S_t instead.
+            rank: directions kept at most.
+            axes: within which to look for them [D, p], where they are known; see `principal_axes`.
+        """
+        h = h.double().cpu()
+        axes = principal_axes(h) if axes is None else axes
+        mean = h.mean(0)
+        h = h - mean
+        inside = h @ axes
+        total = inside.T @ inside / max(1, len(h) - 1)
+        within = _within(inside, group.cpu())
+        if not within.any():
+            within = total
+        within = within + RIDGE * within.trace() / len(within) * torch.eye(len(within), dtype=h.dtype)
+        spread, turn = torch.linalg.eigh(within)
+        white = turn * spread.rsqrt()
+        _, order = torch.linalg.eigh(white.T @ total @ white)
+        projection = axes @ white @ order.flip(1)[:, :rank]
+        # The sign of an eigenvector is arbitrary: fix it, so that the same activations give the same bytes.
+        projection = projection * torch.sign(projection.gather(0, projection.abs().argmax(0, keepdim=True)))
         return cls(mean.half(), (projection / projection.abs().max()).half().contiguous())
 
-    def __call__(self, a: Tensor) -> Tensor:
-        """Whitened directions [.., r] of unit length for activations [.., F]."""
-        mean, projection = self.mean.to(a.device), self.projection.to(a.device)
-        return F.normalize((a.float() - mean.float()) @ projection.float(), dim=-1)
+    def __call__(self, h: Tensor) -> Tensor:
+        """Unit vectors [.., r] for entries [.., D]."""
+        mean, projection = self.mean.to(h.device), self.projection.to(h.device)
+        return F.normalize((h.float() - mean.float()) @ projection.float(), dim=-1)
 
     @property
     def rank(self) -> int:
         return self.projection.shape[1]
 
 
+def principal_axes(h: Tensor) -> Tensor:
+    """The directions in which prompts differ at all, `WIDEST` of them at most [D, p], from entries [N, D]."""
+    h = h.double().cpu()
+    h = h - h.mean(0)
+    variance, axes = torch.linalg.eigh(h.T @ h / max(1, len(h) - 1))
+    # Fewer prompts than directions: the rest of the spectrum is rounding noise, and so are its directions.
+    return axes[:, -min(WIDEST, int((variance > 1e-12 * variance[-1]).sum())) :]
+
+
+def _within(h: Tensor, group: Tensor) -> Tensor:
+    """Covariance [p, p] of wordings about the mean of their fact."""
+    sizes = group[group != ALONE].unique(return_counts=True)
+    several = sizes[0][sizes[1] > 1]
+    mine = torch.isin(group, several)
+    if not mine.any():
+        return torch.zeros(h.shape[1], h.shape[1], dtype=h.dtype)
+    _, index = group[mine].unique(return_inverse=True)
+    means = torch.zeros(len(several), h.shape[1], dtype=h.dtype).index_add_(0, index, h[mine])
+    means /= index.bincount()[:, None]
+    rest = h[mine] - means[index]
+    return rest.T @ rest / (len(rest) - len(several))
+
+
 @dataclass(frozen=True)
 class KeyStore:
-    """All keys of a side memory: unit vectors [n, r] (fp16 as stored) and the edit each belongs to [n]."""
+    """All keys of a side memory: unit vectors [n, r] and the edit each belongs to [n]; crowding [E] of each edit.
 
-    whitening: Whitening
+    Vectors and crowding are fp16 as stored.
+    """
+
+    space: KeySpace
     keys: Tensor
     owner: Tensor
+    crowding: Tensor
 
-    def nearest(self, a_last: Tensor) -> tuple[Tensor, Tensor]:
-        """Largest cosine [N] with a key, and the edit [N] that key belongs to, for activations [N, F]."""
-        scores = self.whitening(a_last) @ self.keys.to(a_last.device).float().T
-        best, at = scores.max(1)
-        return best, self.owner.to(a_last.device)[at]
+    def scores(self, h: Tensor) -> Tensor:
+        """s_k for every key [.., n], for entries [.., D]."""
+        return score(self.space(h), self.keys.to(h.device).float(), self._off.to(h.device))
+
+    def nearest(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest score [N] and the edit [N] it belongs to, for entries [N, D]."""
+        best, at = self.scores(h).max(1)
+        return best, self.owner.to(h.device)[at]
+
+    @property
+    def _off(self) -> Tensor:
+        return self.crowding.float()[self.owner]
+
+
+def score(z: Tensor, keys: Tensor, crowding: Tensor) -> Tensor:
+    """z . k - crowding / 2 for queries [.., r], keys [n, r] and the crowding of each key [n]: [.., n]."""
+    return z @ keys.T - SHARE * crowding
+
+
+def crowding(keys: Tensor, ordinary: Tensor) -> Tensor:
+    """Largest cosine of each key [n, r] with an ordinary prompt's vector [P, r]; 0 without any."""
+    return (keys @ ordinary.T).max(1).values if len(ordinary) else torch.zeros(len(keys))

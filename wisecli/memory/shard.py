@@ -1,7 +1,7 @@
 """The run folder: what `edit` leaves on disk and `merge` reads.
 
     run.json            config, base, edit site, seeds, digest of the stream; written first
-    gate.safetensors    whitening of the layer and the ordinary prompts in it
+    gate.safetensors    key space of the layer and the pool in it
     shard-00000.safetensors ...   one per slice of the stream: mask, values, edit keys, outcomes
     ledger.jsonl        one line per edit with its outcome, in stream order
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +20,48 @@ from torch import Tensor
 
 from wisecli.errors import InputError
 from wisecli.memory.bits import SparseDelta
-from wisecli.memory.files import append_line, load_tensors, read_json, save_tensors, write_json
-from wisecli.memory.keys import Whitening
+from wisecli.memory.calibration import Trial, try_on_pool
+from wisecli.memory.files import append_line, check_version, load_tensors, read_json, save_tensors, write_json
+from wisecli.memory.keys import KeySpace
 from wisecli.models.prompts import ContentRule
 from wisecli.models.site import EditSite
 
 SHARD_FORMAT, GATE_FORMAT, RUN_FORMAT = "wise-shard", "wise-gate", "wise-run"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "2.0"
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The layer's whitening and the whitened ordinary prompts [P, r] (fp16): what out-of-scope looks like."""
+    """What the layer makes of the pool.
 
-    whitening: Whitening
+    Attributes:
+        space: the layer's key space.
+        pool: vectors [P, r] (fp16) of the pool's prompts; `group` [P] is the fact each is a wording of.
+        trial: how the gate does on the pool's own facts.
+    """
+
+    space: KeySpace
     pool: Tensor
+    group: Tensor
+    trial: Trial
 
-    @cached_property
-    def neighbours(self) -> Tensor:
-        """Largest cosine of each ordinary prompt with another one [P]."""
-        pool = self.pool.float()
-        return (pool @ pool.T).fill_diagonal_(-1.0).max(1).values
+    @classmethod
+    def fit(cls, h: Tensor, group: Tensor, rank: int) -> Gate:
+        """The gate of a layer, from what the pool's prompts bring into it [P, D]."""
+        space = KeySpace.fit(h, group, rank)
+        return cls(space, space(h).half().cpu(), group, try_on_pool(h, group, rank))
 
     def save(self, path: Path) -> None:
-        tensors = {"mean": self.whitening.mean, "projection": self.whitening.projection, "pool": self.pool}
-        save_tensors(path, tensors, {"format": GATE_FORMAT, "format_version": FORMAT_VERSION})
+        tensors = {"mean": self.space.mean, "projection": self.space.projection, "pool": self.pool, "group": self.group}
+        tensors |= {"inside": self.trial.inside, "near": self.trial.near}
+        about = {"format": GATE_FORMAT, "format_version": FORMAT_VERSION, "trial_edits": self.trial.edits}
+        save_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: Path) -> Gate:
-        tensors, _ = _load(path, GATE_FORMAT, ("mean", "projection", "pool"))
-        return cls(Whitening(tensors["mean"], tensors["projection"]), tensors["pool"])
+        t, about = _load(path, GATE_FORMAT, ("mean", "projection", "pool", "group", "inside", "near"))
+        trial = Trial(t["inside"], t["near"], int(about.get("trial_edits", 1)))
+        return cls(KeySpace(t["mean"], t["projection"]), t["pool"], t["group"], trial)
 
 
 @dataclass(frozen=True)
@@ -61,8 +72,9 @@ class Shard:
         index: position of the slice, from 0.
         delta: W' - W over the shard's mask, fp32 values.
         mask_seed: what the mask was drawn from.
-        keys: whitened unit vectors [n, r] (fp16) of the edits' prompt forms; `owner` [n] indexes `edits`.
-        negatives: whitened unit vectors [m, r] of prompts close to the edits but out of their scope.
+        keys: unit vectors [n, r] (fp16) of the edits' forms in the key space, each edit's bare prompt first; `owner`
+            [n] indexes `edits`.
+        negatives: unit vectors [m, r] of prompts close to the edits but out of their scope.
         edits: one entry per edit: id, outcome and, unless left out, prompt and target.
     """
 
@@ -187,8 +199,7 @@ class RunFolder:
         run = read_json(file)
         if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
             raise InputError(f"{file} does not describe an editing run.", hint="Run wise edit again.")
-        if str(run.get("format_version", "")).split(".")[0] != FORMAT_VERSION.split(".")[0]:
-            raise InputError(f"{file} has format version {run.get('format_version')}.", hint="Install a newer wise.")
+        check_version(file, str(run.get("format_version", "")), FORMAT_VERSION, "Learn the edits again with wise edit.")
         return cls(path, run)
 
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from wisecli.errors import InputError
+from wisecli.errors import InputError, UsageError
 from wisecli.memory.bits import SparseDelta
-from wisecli.memory.files import load_tensors, save_tensors
-from wisecli.memory.keys import KeyStore, Whitening
+from wisecli.memory.files import check_version, load_tensors, save_tensors
+from wisecli.memory.keys import KeySpace, KeyStore
 from wisecli.models.prompts import ContentRule
 from wisecli.models.site import EditSite
 
 FORMAT = "wise-side-memory"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "2.0"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Memory:
     Attributes:
         delta: W' - W, packed.
         epsilon: threshold per router name.
+        scopes: threshold of the key router per scope; `epsilon` holds one of them.
         edits: ids of the edits it holds.
         origin: how it came about (merge method, densities, weights, seeds of the shards).
     """
@@ -42,6 +43,7 @@ class Memory:
     epsilon: Mapping[str, float]
     edits: tuple[str, ...]
     origin: Mapping[str, Any] = field(default_factory=dict)
+    scopes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,11 @@ class SideMemory:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {
-            "keys.mean": self.keys.whitening.mean,
-            "keys.projection": self.keys.whitening.projection,
+            "keys.mean": self.keys.space.mean,
+            "keys.projection": self.keys.space.projection,
             "keys.vectors": self.keys.keys,
             "keys.owner": self.keys.owner,
+            "keys.crowding": self.keys.crowding,
         }
         for i, m in enumerate(self.memories):
             tensors[f"memory.{i}.mask"] = m.delta.bits
@@ -120,7 +123,13 @@ class SideMemory:
             "statistics": dict(self.statistics),
             "versions": dict(self.versions),
             "memories": [
-                {"epsilon": dict(m.epsilon), "edits": list(m.edits), "origin": dict(m.origin)} for m in self.memories
+                {
+                    "epsilon": dict(m.epsilon),
+                    "scopes": dict(m.scopes),
+                    "edits": list(m.edits),
+                    "origin": dict(m.origin),
+                }
+                for m in self.memories
             ],
             "edits": [
                 {k: (dict(v) if k == "details" else v) for k, v in vars_of(e).items() if v is not None}
@@ -142,7 +151,9 @@ class SideMemory:
                 f"{path} holds {manifest.get('format', 'something else')!r}, not a side memory.",
                 hint="Merge shards into a side memory with wise merge.",
             )
-        _check_version(path, str(manifest.get("format_version", "0")))
+        check_version(
+            path, str(manifest.get("format_version", "0")), FORMAT_VERSION, "Learn and merge the edits again."
+        )
         try:
             return cls._build(tensors, manifest)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -159,17 +170,18 @@ class SideMemory:
                 m["epsilon"],
                 tuple(m["edits"]),
                 m.get("origin", {}),
+                m.get("scopes", {}),
             )
             for i, m in enumerate(manifest["memories"])
         )
-        whitening = Whitening(tensors["keys.mean"], tensors["keys.projection"])
+        space = KeySpace(tensors["keys.mean"], tensors["keys.projection"])
         fields = EditEntry.__dataclass_fields__.keys()
         return cls(
             base=dict(manifest["base"]),
             site=site,
             rule=ContentRule.from_json(manifest["content_rule"]),
             memories=memories,
-            keys=KeyStore(whitening, tensors["keys.vectors"], tensors["keys.owner"]),
+            keys=KeyStore(space, *(tensors[f"keys.{name}"] for name in ("vectors", "owner", "crowding"))),
             edits=tuple(EditEntry(**{k: v for k, v in e.items() if k in fields}) for e in manifest["edits"]),
             router=manifest.get("router", "key"),
             chat=manifest.get("chat", False),
@@ -179,6 +191,21 @@ class SideMemory:
             extra={k: v for k, v in manifest.items() if k not in known},
         )
 
+    def scoped(self, scope: str) -> SideMemory:
+        """The same side memory with the key router's thresholds of another scope.
+
+        Raises:
+            UsageError: it has no such scope, or the activation router, which has none.
+        """
+        if self.router != "key":
+            raise UsageError(f"The {self.router} router has no scopes.", hint="Leave --scope out, or use --router key.")
+        lacking = next((m for m in self.memories if scope not in m.scopes), None)
+        if lacking is not None:
+            known = ", ".join(lacking.scopes) or "none"
+            raise UsageError(f"This side memory has no scope {scope!r}.", hint=f"It has: {known}.")
+        memories = tuple(replace(m, epsilon={**m.epsilon, "key": m.scopes[scope]}) for m in self.memories)
+        return replace(self, memories=memories)
+
     def without_texts(self) -> SideMemory:
         """The same side memory with the edits' prompts and targets left out; ids stay."""
         return replace(self, edits=tuple(replace(e, prompt=None, target=None) for e in self.edits))
@@ -187,11 +214,3 @@ class SideMemory:
 def vars_of(obj: Any) -> dict[str, Any]:
     """Fields of a dataclass, not descending into them."""
     return {k: getattr(obj, k) for k in obj.__dataclass_fields__}
-
-
-def _check_version(path: Path, version: str) -> None:
-    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
-        raise InputError(
-            f"{path} has format version {version}; this tool reads version {FORMAT_VERSION.split('.')[0]}.x.",
-            hint="Install a newer wise.",
-        )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from wisecli.errors import ModelError
-from wisecli.models.prompts import PromptEncoder, Row
+from wisecli.models.prompts import PromptEncoder, Row, last_content
 from wisecli.models.site import EditSite, decoder_layers
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class CapturedRow:
     """What is constant about one row: its ids [T] and labels [T], `a` [T, F] and the stream it joins [T, D].
 
     `stream` is the edited layer's own output when the projection is added to it unchanged, else the layer's input.
-    `content` [T] marks the prompt's content tokens.
+    `content` [T] marks the prompt's content tokens. `entry` [D] is the residual stream that enters the edited layer, at
+    the last content token: what the prompt's key is made of.
     """
 
     ids: Tensor
@@ -46,11 +47,17 @@ class CapturedRow:
     content: Tensor
     a: Tensor
     stream: Tensor
+    entry: Tensor
+
+    @property
+    def end(self) -> int:
+        """Position of the last content token."""
+        return int(self.content.nonzero()[-1])
 
     @property
     def last(self) -> Tensor:
         """`a` [F] at the last content token."""
-        return self.a[int(self.content.nonzero()[-1])]
+        return self.a[self.end]
 
 
 class UpperModel:
@@ -78,7 +85,8 @@ class UpperModel:
         for at in range(0, len(order), batch_size):
             picked = order[at : at + batch_size]
             batch = self.encoder.batch([rows[i] for i in picked], side="right").to(self.model.device)
-            a, stream = self._run_lower(batch.inputs)
+            a, stream, entry = self._run_lower(batch.inputs)
+            last = last_content(batch.content)
             for k, i in enumerate(picked):
                 n = len(rows[i])
                 out[i] = CapturedRow(
@@ -87,8 +95,18 @@ class UpperModel:
                     batch.content[k, :n].clone(),
                     a[k, :n].clone(),
                     stream[k, :n].clone(),
+                    entry[k, last[k]].clone(),
                 )
         return [r for r in out if r is not None]
+
+    def entries(self, rows: Sequence[Row]) -> Tensor:
+        """What each row brings into the edited layer at its last content token [N, D]; that layer does not run."""
+        layer = self.site.layer
+        found = torch.zeros(0)
+        for picked, at in entries_at(self.model, self.encoder, (layer,), rows):
+            found = found if len(found) else at[layer].new_zeros(len(rows), at[layer].shape[1])
+            found[picked] = at[layer]
+        return found
 
     def logits(self, rows: Sequence[CapturedRow], delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits [n, V] at every supervised position of the rows under W + delta, and their target ids [n].
@@ -116,8 +134,8 @@ class UpperModel:
 
     # -- the pieces ---------------------------------------------------------------------------------------------------
 
-    def _run_lower(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """`a` [B, T, F] and the stream [B, T, D] of a right-padded batch, stopping once both are known."""
+    def _run_lower(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """`a` [B, T, F], the stream and the layer's input [B, T, D] of a right-padded batch."""
         box: dict[str, Any] = {}
 
         def seen(mod: nn.Module, args: Any, out: Any) -> None:
@@ -146,7 +164,7 @@ class UpperModel:
         out = box["out"]
         self._tuple_rest = tuple(out[1:]) if isinstance(out, tuple) else None
         stream = (out[0] if isinstance(out, tuple) else out) if self.additive else box["in"]
-        return box["a"].view(*stream.shape[:2], -1), stream
+        return box["a"].view(*stream.shape[:2], -1), stream, box["in"]
 
     @contextlib.contextmanager
     def _stubbed(self, below: int, stream: Tensor) -> Iterator[None]:
@@ -203,12 +221,44 @@ class UpperModel:
         """Whether adding d to the projection's output adds exactly d to the layer's output."""
         batch = self.encoder.batch(rows, side="right").to(self.model.device)
         self.additive = True
-        _, plain = self._run_lower(batch.inputs)
+        plain = self._run_lower(batch.inputs)[1]
         d = torch.linspace(-1, 1, plain.shape[-1], device=plain.device, dtype=plain.dtype) * plain.std()
         with _hooked(self.ffn, lambda a, y: y + d):
-            _, moved = self._run_lower(batch.inputs)
+            moved = self._run_lower(batch.inputs)[1]
         tolerance = 1e-4 if plain.dtype == torch.float32 else 2e-2
         return plain.dim() == 3 and bool(((moved - plain - d).abs() <= tolerance * (1 + plain.abs())).all())
+
+
+@torch.no_grad()
+def entries_at(
+    model: Any, encoder: PromptEncoder, layers: Sequence[int], rows: Sequence[Row], batch_size: int = 32
+) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
+    """The residual stream that enters each of some layers at the last content token, in one pass over the rows.
+
+    Yields, batch by batch in order of length, the rows' positions and per layer a tensor [b, D].
+    """
+    modules, box, last_layer = decoder_layers(model), dict[int, Tensor](), max(layers)
+
+    def enter(layer: int, args: Any, kwargs: Any) -> None:
+        box[layer] = args[0] if args else kwargs["hidden_states"]
+        if layer == last_layer:
+            raise _Enough
+
+    hooks = {i: lambda m, args, kwargs, i=i: enter(i, args, kwargs) for i in layers}
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for at in range(0, len(order), batch_size):
+        picked = order[at : at + batch_size]
+        batch = encoder.batch([rows[i] for i in picked], side="right").to(model.device)
+        handles = [modules[i].register_forward_pre_hook(h, with_kwargs=True) for i, h in hooks.items()]
+        try:
+            model(**batch.inputs, use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            for h in handles:
+                h.remove()
+        last = last_content(batch.content)
+        yield picked, {i: h[torch.arange(len(picked), device=h.device), last] for i, h in box.items()}
 
 
 class _Enough(Exception):

@@ -17,7 +17,7 @@ import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ from wisecli.errors import BaseMismatch, InputError, RoutingError, UsageError
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import matches
 from wisecli.models.prompts import Batch
-from wisecli.routing.routers import MAIN, Route, Router, Routes, build_router
+from wisecli.models.site import decoder_layers
+from wisecli.routing.routers import MAIN, Route, Router, Routes, Seen, build_router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +45,7 @@ class _Call:
     """What is known during one forward of the decoder."""
 
     content: Tensor | None = None
+    entry: Tensor | None = None
     routes: Routes | None = None
     cache: Any = None
     token: Token | None = None
@@ -84,6 +86,7 @@ class Attached:
         self._signature = inspect.signature(decoder.forward)
         self._handles = [
             decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
+            decoder_layers(model)[side_memory.site.layer].register_forward_pre_hook(self._arrive, with_kwargs=True),
             self._ffn.register_forward_hook(self._project),
             decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
@@ -164,9 +167,13 @@ class Attached:
         finally:
             self._lengths.reset(token)
 
-    @torch.no_grad()
     def decide(self, batch: Batch) -> list[Route]:
         """The route of each prompt of a batch, at the cost of the layers up to the edit site."""
+        return self.explain(self.look(batch)[0])
+
+    @torch.no_grad()
+    def look(self, batch: Batch) -> tuple[Routes, Seen]:
+        """The decision about each prompt of a batch and what it was taken from; `decide` in tensors."""
         token = self._stop.set(True)
         try:
             inputs = batch.to(self.model.device).inputs
@@ -174,7 +181,7 @@ class Attached:
                 inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             self.model(**inputs, use_cache=False)
         except _Decided as e:
-            return self.explain(e.routes)
+            return e.routes, e.seen
         finally:
             self._stop.reset(token)
         raise RoutingError("The edit site did not run.", hint="The model was changed since it was attached.")
@@ -270,17 +277,24 @@ class Attached:
             real = real & (real.cumsum(1) <= each[:, None])
         return real if ids is None else self.side_memory.rule.mask(ids, real)
 
+    def _arrive(self, module: Any, args: Any, kwargs: Any) -> None:
+        call = self._call.get()
+        if call is not None and call.routes is None:
+            call.entry = args[0] if args else kwargs["hidden_states"]
+
     def _project(self, module: Any, args: Any, y: Tensor) -> Tensor | None:
         call = self._call.get()
         if call is None:
             return None
         if call.routes is None:
-            if call.content is None:
+            if call.content is None or call.entry is None:
                 raise RoutingError("The edit site ran outside a decoder call.")
-            a = args[0].view(*call.content.shape, -1)
-            call.routes = self.last = self.router.decide(a, call.content)
+            shape = call.content.shape
+            seen = Seen(args[0].view(*shape, -1), call.entry.view(*shape, -1), call.content)
+            call.routes = self.last = self.router.decide(seen)
+            call.entry = None
             if self._stop.get():
-                raise _Decided(call.routes)
+                raise _Decided(call.routes, seen)
         if not call.routes.rows:
             return None
         a = args[0].view(len(call.routes), -1, args[0].shape[-1])
@@ -306,9 +320,9 @@ class Attached:
 class _Decided(Exception):
     """Ends a forward pass at the edit site, once the routes are known."""
 
-    def __init__(self, routes: Routes) -> None:
+    def __init__(self, routes: Routes, seen: Seen) -> None:
         super().__init__()
-        self.routes = routes
+        self.routes, self.seen = routes, seen
 
 
 def attach(
@@ -316,6 +330,7 @@ def attach(
     side_memory: SideMemory | str | Path,
     *,
     router: str | None = None,
+    scope: str | None = None,
     allow_other_base: bool = False,
 ) -> Attached:
     """Attach a side memory to a model; use as a context manager or call `.detach()`.
@@ -324,12 +339,15 @@ def attach(
         model: a loaded causal language model; it is not copied and no weight of it is changed.
         side_memory: one in memory, or the path of a file or of a packaged folder.
         router: "key" or "activation" instead of the side memory's own.
+        scope: "narrow", "balanced" or "wide" instead of the one the side memory was merged with (key router).
         allow_other_base: attach although the edited matrix is not the one the side memory was learned on.
 
     Raises:
         BaseMismatch: the model is not the base the side memory belongs to.
     """
     sm = side_memory if isinstance(side_memory, SideMemory) else SideMemory.load(side_memory_file(Path(side_memory)))
+    if scope is not None:
+        sm = replace(sm, router=router or sm.router).scoped(scope)
     site = sm.site
     try:
         shape = tuple(site.weight(model).shape)

@@ -1,10 +1,11 @@
 """Routers: from the activations of a prompt to one route per row.
 
 Two routers stand behind one interface. `activation` is the paper's: the indicator of each memory's delta against that
-memory's epsilon, the strongest that passes wins (top-1). `key` compares the whitened activation of the last content
-token with the stored edit keys; the nearest key names the edit and thereby the memory. Each row is decided on its own.
+memory's epsilon, the strongest that passes wins (top-1). `key` compares what enters the edited layer at the last
+content token with the stored edit keys; the nearest key names the edit and thereby the memory. Each row is decided on
+its own.
 
-Shapes: `B` rows, `T` tokens, `F` FFN width, `M` memories.
+Shapes: `B` rows, `T` tokens, `D` model width, `F` FFN width, `M` memories.
 """
 
 from __future__ import annotations
@@ -86,13 +87,45 @@ class Route:
         return cls(data["memory"], indicator, epsilon, data["nearest_edit"])
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a router sees of a batch of prompts.
+
+    Attributes:
+        a: input of the edited projection [B, T, F].
+        entry: the residual stream that enters the edited layer [B, T, D].
+        content: content mask [B, T].
+    """
+
+    a: Tensor
+    entry: Tensor
+    content: Tensor
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Nearest edits per row, best first, all [B, N]: `score`, `epsilon` of the memory that holds it, index `edit`."""
+
+    score: Tensor
+    epsilon: Tensor
+    edit: Tensor
+
+
 class Router(Protocol):
     """Decides, per row, which memory answers."""
 
     name: str
 
-    def decide(self, a: Tensor, content: Tensor) -> Routes:
-        """Routes [B] from the projection's input [B, T, F] and the content mask [B, T]."""
+    def decide(self, seen: Seen) -> Routes:
+        """Routes [B] of a batch of prompts."""
+        ...
+
+    def per_token(self, seen: Seen) -> Tensor:
+        """What each token [B, T] reaches, in the indicator's unit. It decides nothing."""
+        ...
+
+    def ranking(self, seen: Seen, top: int) -> Ranking:
+        """The nearest edits of each row, at most `top`; none where the router knows no single edits."""
         ...
 
 
@@ -104,33 +137,69 @@ class ActivationRouter:
     epsilon: Tensor
     name: str = "activation"
 
-    def decide(self, a: Tensor, content: Tensor) -> Routes:
-        acts = torch.stack([activation_indicator(a, content, d) for d in self.deltas], 1)  # [B, M]
-        epsilon = self.epsilon.to(acts.device)
-        # A memory below its own epsilon never hides one that passes.
-        passing = torch.where(acts > epsilon, acts, -torch.inf)
-        open_ = passing.isfinite().any(1)
-        best = torch.where(open_, passing.argmax(1), acts.argmax(1))
+    def decide(self, seen: Seen) -> Routes:
+        acts, best, open_ = self._strongest(seen)
         indicator = acts.gather(1, best[:, None])[:, 0]
         memory = torch.where(open_, best, MAIN)
-        return Routes.of(memory, indicator, epsilon[best], torch.full_like(best, -1))
+        return Routes.of(memory, indicator, self.epsilon.to(acts.device)[best], torch.full_like(best, -1))
+
+    def per_token(self, seen: Seen) -> Tensor:
+        """||a_t delta^T|| of the memory that the decision is about: its mean over content tokens is the indicator."""
+        alone = seen.a.flatten(0, 1)[:, None]  # each token as a row of its own
+        one = torch.ones_like(seen.content).flatten()[:, None]
+        best = self._strongest(seen)[1].repeat_interleave(seen.content.shape[1])
+        norms = torch.stack([activation_indicator(alone, one, d) for d in self.deltas], 1)  # [B * T, M]
+        return norms.gather(1, best[:, None]).view_as(seen.content)
+
+    def ranking(self, seen: Seen, top: int) -> Ranking:
+        none = seen.a.new_zeros(len(seen.a), 0)
+        return Ranking(none, none, none.long())
+
+    def _strongest(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+        """Indicators [B, M], the memory [B] that counts, and whether it passes [B]."""
+        acts = torch.stack([activation_indicator(seen.a, seen.content, d) for d in self.deltas], 1)
+        # A memory below its own epsilon never hides one that passes.
+        passing = torch.where(acts > self.epsilon.to(acts.device), acts, -torch.inf)
+        open_ = passing.isfinite().any(1)
+        return acts, torch.where(open_, passing.argmax(1), acts.argmax(1)), open_
 
 
 @dataclass
 class KeyRouter:
-    """Cosine of the whitened last-content-token activation with the nearest edit key, against that memory's epsilon."""
+    """Score of the last content token's entry for the nearest edit, against that edit's memory's epsilon."""
 
     keys: KeyStore
     memory_of: Tensor
     epsilon: Tensor
     name: str = "key"
 
-    def decide(self, a: Tensor, content: Tensor) -> Routes:
-        rows = torch.arange(a.shape[0], device=a.device)
-        score, edit = self.keys.nearest(a[rows, last_content(content)])
-        memory = self.memory_of.to(a.device)[edit]
-        epsilon = self.epsilon.to(a.device)[memory]
+    def decide(self, seen: Seen) -> Routes:
+        score, edit = self.keys.nearest(_at_last(seen))
+        memory, epsilon = self._claims(edit)
         return Routes.of(torch.where(score > epsilon, memory, MAIN), score, epsilon, edit)
+
+    def per_token(self, seen: Seen) -> Tensor:
+        """The score each prompt would have if it ended at that token."""
+        return torch.stack([self.keys.nearest(row)[0] for row in seen.entry])  # a row at a time: T x n scores are many
+
+    def ranking(self, seen: Seen, top: int) -> Ranking:
+        scores = self.keys.scores(_at_last(seen))
+        owner = self.keys.owner.to(scores.device)
+        best = scores.new_full((len(scores), len(self.memory_of)), -torch.inf)
+        best.scatter_reduce_(1, owner.expand_as(scores), scores, "amax")
+        # Of equal scores the first edit comes first, as in the decision. Edits without a key are no candidates.
+        score, edit = (x[:, : min(top, len(owner.unique()))] for x in best.sort(dim=1, descending=True, stable=True))
+        return Ranking(score, self._claims(edit)[1], edit)
+
+    def _claims(self, edit: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory and epsilon of edits."""
+        memory = self.memory_of.to(edit.device)[edit]
+        return memory, self.epsilon.to(edit.device)[memory]
+
+
+def _at_last(seen: Seen) -> Tensor:
+    """The entry [B, D] at each row's last content token."""
+    return seen.entry[torch.arange(len(seen.entry), device=seen.entry.device), last_content(seen.content)]
 
 
 ROUTERS = ("key", "activation")
