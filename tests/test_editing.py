@@ -8,26 +8,28 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SITES, few_pool_prompts
 
-from wisecli.data.pool import ordinary_prompts
+from wisecli.data import pool
 from wisecli.data.records import EditRecord
 from wisecli.data.stream import EditStream
 from wisecli.editing.batch import capture_edits, edit_rows
 from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import Editor, slices
-from wisecli.editing.merge import merge_run
+from wisecli.editing.merge import MergeConfig, merge_run, merge_shards
 from wisecli.editing.negatives import about_edits, hard_negatives, template_of
 from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
+from wisecli.editing.rewording import Rewording
 from wisecli.editing.run import EditRun
 from wisecli.errors import BaseMismatch, InputError, UsageError
 from wisecli.memory.bits import draw_mask
-from wisecli.memory.calibration import key_threshold
 from wisecli.memory.shard import RunFolder
 from wisecli.models.base import Base, load_base
 from wisecli.models.prompts import PromptEncoder
 from wisecli.models.site import find_site
 from wisecli.models.upper import UpperModel
+from wisecli.routing.attach import attach
 
 COUNTRIES = ("France", "Spain", "Italy", "Norway", "Kenya", "Peru")
 CITIES = ("Paris", "Madrid", "Rome", "Oslo", "Nairobi", "Lima")
@@ -45,6 +47,11 @@ def finish(learning: Any) -> list[Outcome]:
             next(learning)
         except StopIteration as done:
             return done.value
+
+
+@pytest.fixture(autouse=True)
+def _small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_pool_prompts(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -121,22 +128,6 @@ def test_ordinary_prompts_that_name_an_edited_subject_are_found() -> None:
     assert about_edits(prompts, edits) == [0, 2]
 
 
-def test_an_edit_that_is_out_of_line_does_not_move_the_gate() -> None:
-    ordinary, hard = torch.linspace(0, 0.5, 1000), torch.linspace(0, 0.9, 100)
-    in_scope = torch.full((100,), 0.9)
-    none = torch.zeros(0)
-    usual = key_threshold(ordinary, none, hard, in_scope).epsilon
-    in_scope[7] = -0.4
-    assert key_threshold(ordinary, none, hard, in_scope).epsilon == pytest.approx(usual, abs=1e-3)
-    assert key_threshold(ordinary, none, hard, torch.full((9,), -1.0)).epsilon >= 0.49
-
-
-def test_a_stream_of_few_edits_does_not_open_the_gate_to_its_neighbours() -> None:
-    ordinary, neighbours = torch.linspace(-0.1, 0.2, 1000), torch.linspace(0.1, 0.6, 1000)
-    epsilon = key_threshold(ordinary, neighbours, torch.zeros(0), torch.full((3,), 0.9)).epsilon
-    assert epsilon >= 0.5
-
-
 # -- edits that arrive one by one --------------------------------------------------------------------------------------
 
 
@@ -166,6 +157,28 @@ def test_an_edit_in_the_place_of_another(upper: UpperModel, learner_type: type) 
     assert len(learner.outcomes()) == 3
 
 
+def test_an_edit_that_never_comes_right_is_set_aside(upper: UpperModel) -> None:
+    """Two edits of one prompt with different targets never hold together; the third is not their victim."""
+    config = EditConfig(contexts=0, block=3, max_steps=30, lr=0.2, mask_density=1.0, rewording=0.0)
+    one, other = records(2)
+    against = dataclasses.replace(one, id="against", target="Reykjavik")
+    learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
+    learner.arrive(capture_edits(upper, [one, against, other], 0, 0))
+    learner._finish()
+    for edit in (0, 1):
+        learner.right[learner.firsts[edit]] = False
+        learner.worst[learner.firsts[edit]] = torch.inf
+        learner.steps[edit] = 10 * config.max_steps
+    assert learner._pending().tolist() in ([], [learner.firsts[2]])
+    assert learner._aside().tolist() == [True, True, False]
+    learner.worst[learner.firsts[2]] = torch.inf
+    drawn = {i for _ in range(20) for i in learner._choose(learner._pending(), config.rows, len(learner.rows))}
+    assert drawn == {learner.firsts[2]}
+    learner.replace(0, capture_edits(upper, [dataclasses.replace(one, target="Oslo")], 0, 0)[0])
+    assert learner.steps[0] > 0  # counted anew
+    assert learner.steps[0] <= config.max_steps
+
+
 def test_a_replaced_edit_is_learned_and_the_others_stay(upper: UpperModel) -> None:
     config = EditConfig(contexts=0, block=1, max_steps=200, lr=0.2, mask_density=1.0)
     learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
@@ -187,8 +200,7 @@ class TestOpenShard:
     config = EditConfig(contexts=1, max_steps=6, rank=16, shards=1, block=1)
 
     @pytest.fixture
-    def editor(self, tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Editor:
-        monkeypatch.setattr("wisecli.editing.editor.ordinary_prompts", lambda: ordinary_prompts()[:48])
+    def editor(self, tiny_model: Callable[..., Any], tokenizer: Any) -> Editor:
         return Editor(Base(tiny_model("llama"), tokenizer, "tiny"), self.config)
 
     def test_the_same_prompt_takes_the_place_of_the_earlier_edit(self, editor: Editor) -> None:
@@ -229,11 +241,11 @@ class TestOpenShard:
     def test_negatives_do_not_depend_on_what_was_asked_before(self, editor: Editor) -> None:
         """Else the bytes of a shard would depend on when it was read off."""
         prompts = [f"{'where is ' * (i % 5)}the capital of {c} {i}" for i, c in enumerate(COUNTRIES * 12)]
-        whole = editor.whitened(prompts)
+        whole = editor.vectors(prompts)
         editor._vectors.clear()
         for at in range(0, len(prompts), 7):
-            editor.whitened(prompts[at : at + 7])
-        assert torch.equal(editor.whitened(prompts), whole)
+            editor.vectors(prompts[at : at + 7])
+        assert torch.equal(editor.vectors(prompts), whole)
 
     def test_a_whole_stream_in_memory_is_that_of_a_run(self, editor: Editor, tmp_path: Any) -> None:
         stream = EditStream.of(records(4))
@@ -244,6 +256,158 @@ class TestOpenShard:
         shard.save(tmp_path / "mine.safetensors")
         assert (tmp_path / "mine.safetensors").read_bytes() == run.folder.shard_path(0).read_bytes()
         assert run.open is None
+
+
+# -- other wordings ----------------------------------------------------------------------------------------------------
+
+
+class TestRewording:
+    """Activations moved as another wording would move them."""
+
+    @pytest.mark.parametrize("kind", ["llama", "gemma2"])
+    def test_a_move_is_what_the_wordings_of_a_fact_differ_by(
+        self, kind: str, tiny_model: Callable[..., Any], encoder: PromptEncoder
+    ) -> None:
+        model = tiny_model(kind)
+        upper = UpperModel(model, find_site(model), encoder)
+        made = Rewording.measure(upper)
+        facts = pool.pool_facts()
+        assert len(made.moves) == 2 * len(facts)
+        one, other = upper.capture([encoder.pair(p, facts[1].answer) for p in facts[1].prompts[:2]])
+        there, back = made.moves[2], made.moves[3]
+        for move, value in ((there[0], "a"), (there[1], "stream")):
+            first, second = (getattr(r, value)[int((r.labels != -100).nonzero()[0]) - 1] for r in (one, other))
+            torch.testing.assert_close(move[0], 0.7 * (second - first), atol=1e-4, rtol=1e-4)
+            assert bool(move.any())
+        assert all(torch.equal(x, -y) for x, y in zip(there, back, strict=True))
+
+    def test_a_row_is_moved_where_its_target_is_predicted_and_nowhere_else(self, upper: UpperModel) -> None:
+        made = Rewording.measure(upper)
+        (edit,) = capture_edits(upper, [dataclasses.replace(records(1)[0], target="a rather long target it is")], 0, 0)
+        (row,) = edit.rows
+        before = row.a.clone(), row.stream.clone()
+        at = [i for i in range(len(row.ids) - 1) if row.labels[i + 1] != -100]
+        assert at[0] == row.end
+        assert len(at) > max(len(a) for a, _ in made.moves)  # the last move serves the rest of a long target
+        moved = made(row, torch.Generator().manual_seed(3))
+        i = int(torch.randint(len(made.moves), (), generator=torch.Generator().manual_seed(3)))
+        for was, is_, move in zip(before, (moved.a, moved.stream), made.moves[i], strict=True):
+            want = was.clone()
+            for k, place in enumerate(at):
+                want[place] += move[min(k, len(move) - 1)]
+            torch.testing.assert_close(is_, want)
+            assert not torch.equal(is_, was)
+        assert torch.equal(row.a, before[0])  # what was captured stays
+        assert torch.equal(row.stream, before[1])
+        assert all(getattr(moved, name) is getattr(row, name) for name in ("ids", "labels", "content", "entry"))
+
+    @pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.5, 20, 80), (1.0, 100, 100)])
+    def test_as_many_rows_are_moved_as_the_config_says(
+        self, upper: UpperModel, share: float, least: int, most: int
+    ) -> None:
+        config = EditConfig(rewording=share)
+        learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
+        assert (learner.rewording is None) == (share == 0)
+        (edit,) = capture_edits(upper, records(1), 0, 0)
+        moved = sum(learner._reworded(edit.rows[0]) is not edit.rows[0] for _ in range(100))
+        assert least <= moved <= most
+
+    def test_without_it_no_wording_is_run(
+        self, tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Rewording, "measure", lambda *_: pytest.fail("measured"))
+        config = EditConfig(rewording=0, contexts=0, max_steps=2, rank=16, shards=1)
+        editor = Editor(Base(tiny_model("llama"), tokenizer, "tiny"), config)
+        assert editor.rewording is None
+        assert len(editor.learn(EditStream.of(records(2)))) == 1
+
+    def test_the_same_seed_gives_the_same_delta_and_nothing_moves_outside_the_mask(self, upper: UpperModel) -> None:
+        mask = draw_mask((upper.site.d_out, upper.site.d_in), 0.2, 3)
+        edits = capture_edits(upper, records(3), 1, 0)
+        rows = [(r, r.a.clone(), r.stream.clone()) for e in edits for r in e.rows]
+
+        def learned(share: float, seed: int) -> torch.Tensor:
+            learner = Rehearsal(upper, mask, EditConfig(rewording=share, dropout=0.0, max_steps=5), seed)
+            finish(learner.learn(edits))
+            return learner.result()
+
+        one, again, other, plain = learned(1.0, 0), learned(1.0, 0), learned(1.0, 1), learned(0.0, 0)
+        assert torch.equal(one, again)
+        assert not torch.equal(one, other)
+        assert not torch.equal(one, plain)
+        assert bool((one[~mask] == 0).all())
+        assert bool((one[mask] != 0).any())
+        assert all(torch.equal(r.a, a) and torch.equal(r.stream, stream) for r, a, stream in rows)
+
+
+# -- scale -------------------------------------------------------------------------------------------------------------
+
+
+def rescaled(model: Any, kind: str, times: float) -> Any:
+    """The same function with `times` larger activations before the edited matrix, which is as much smaller."""
+    if kind == "llama":
+        mlp = model.model.layers[2].mlp
+        larger, smaller = [mlp.up_proj.weight], mlp.down_proj.weight
+    elif kind == "opt":
+        layer = model.model.decoder.layers[2]
+        larger, smaller = [layer.fc1.weight, layer.fc1.bias], layer.fc2.weight
+    else:
+        mlp = model.transformer.h[2].mlp
+        larger, smaller = [mlp.c_fc.weight, mlp.c_fc.bias], mlp.c_proj.weight
+    for p in larger:
+        p.mul_(times)
+    smaller.div_(times)
+    return model
+
+
+@pytest.mark.parametrize("times", [0.125, 10.0])
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])  # gated; with biases; Conv1D
+def test_learning_and_routing_do_not_see_the_scale_of_the_activations(
+    kind: str, times: float, tiny_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    config = EditConfig(contexts=1, max_steps=8, rank=16, shards=2, block=2, layer=2)
+    stream = EditStream.of(records(4))
+    prompts = [r.prompt for r in records()] + list(pool.ordinary_prompts()[:6])
+    made = []
+    for factor in (1.0, times):
+        model = tiny_model(kind, fresh=True)
+        if kind == "gpt2":
+            model.transformer.h[2].mlp.act = torch.nn.ReLU()  # a GELU does see the scale
+        editor = Editor(Base(rescaled(model, kind, factor), tokenizer, "tiny"), config)
+        assert editor.site.path == SITES[kind]
+        shards = editor.learn(stream)
+        how = MergeConfig(values=torch.float32)
+        sm = merge_shards(shards, editor.gate, editor.describe(stream), upper=editor.upper, how=how)
+        rows = [editor.encoder.prompt(p) for p in prompts]
+        reached = sm.keys.nearest(editor.upper.entries(rows))[0].sort().values
+        half = {"key": float(reached[5:7].mean()), "activation": 0.0}
+        calibrated = sm.memories[0].epsilon["key"]
+        sm = dataclasses.replace(sm, memories=(dataclasses.replace(sm.memories[0], epsilon=half),))
+        batch = editor.encoder.batch(rows, side="right")
+        plain = model(**batch.inputs).logits
+        routes = {}
+        for router in ("activation", "key"):
+            with attach(model, sm, router=router) as on:
+                logits = model(**batch.inputs).logits
+                routes[router] = on.explain(on.last)
+        made.append((shards, sm, plain, logits, routes, calibrated))
+    (shards, sm, plain, logits, routes, epsilon), other = made
+    scaled, other_sm, other_plain, other_logits, other_routes, other_epsilon = other
+    torch.testing.assert_close(other_plain, plain, rtol=1e-4, atol=1e-4)
+    for one, two in zip(shards, scaled, strict=True):
+        assert [(e["outcome"], e["steps"]) for e in two.edits] == [(e["outcome"], e["steps"]) for e in one.edits]
+        delta = one.delta.dense()
+        assert float(delta.abs().max()) > 1e-3
+        torch.testing.assert_close(two.delta.dense() * times, delta, rtol=0, atol=2e-3 * float(delta.abs().max()))
+        torch.testing.assert_close(two.keys, one.keys)
+    torch.testing.assert_close(other_sm.keys.crowding, sm.keys.crowding)
+    assert other_epsilon == pytest.approx(epsilon, rel=1e-3)
+    assert {r.routed for r in routes["key"]} == {True, False}
+    assert all(r.indicator > 1e-3 for r in routes["activation"])
+    for router, of in routes.items():
+        assert [(r.memory, r.edit) for r in other_routes[router]] == [(r.memory, r.edit) for r in of]
+        assert [r.indicator for r in other_routes[router]] == pytest.approx([r.indicator for r in of], rel=1e-2)
+    torch.testing.assert_close(other_logits, logits, rtol=0, atol=1e-2 * float(logits.abs().max()))
 
 
 class TestRun:

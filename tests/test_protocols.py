@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, few_pool_prompts
 from torch import Tensor
 from transformers import GenerationMixin
 
-from wisecli.data.pool import ordinary_prompts
 from wisecli.data.records import SAME_RELATION, UNRELATED, EditRecord, Probe
 from wisecli.data.stream import EditStream
 from wisecli.editing.config import EditConfig
+from wisecli.editing.conflicts import Conflicts
 from wisecli.editing.editor import SUPERSEDED, Editor, OpenShard, slices
 from wisecli.editing.merge import MergeConfig, merge_run, merge_shards
 from wisecli.editing.run import EditRun
@@ -52,9 +52,7 @@ SLOW = ("timings", "peak_memory")
 
 @pytest.fixture(autouse=True)
 def _small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixty ordinary prompts are enough to whiten a tiny model, and ten times as quick."""
-    for module in ("editor", "merge", "published"):
-        monkeypatch.setattr(f"wisecli.editing.{module}.ordinary_prompts", lambda: ordinary_prompts()[:64])
+    few_pool_prompts(monkeypatch, prompts=64)
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +153,7 @@ def whole(base: Base, stream: EditStream, tmp_path_factory: pytest.TempPathFacto
     """An uninterrupted run of "both" and its folder."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patched:
-        for module in ("editor", "merge"):
-            patched.setattr(f"wisecli.editing.{module}.ordinary_prompts", lambda: ordinary_prompts()[:64])
+        few_pool_prompts(patched, prompts=64)
         return finish(StreamEvaluation(base, stream, CONFIG, folder, BOTH, options=options())), folder
 
 
@@ -199,6 +196,7 @@ def test_fresh_items_and_the_curve_are_those_of_the_shards_as_they_were(
     report, _ = whole
     editor = Editor(base, CONFIG)
     run, asker = editor.describe(stream), Asker(base, questions_of(stream))
+    superseded, _ = editor.settle(stream)
     drain(asker.before())
     want: list[Item] = []
     curve = []
@@ -207,7 +205,7 @@ def test_fresh_items_and_the_curve_are_those_of_the_shards_as_they_were(
         shard = editor.open(index, stream)
         start = sum(len(s) for s in slices(stream.records, 2)[:index])
         seen = 0
-        for arrived in shard.learn(records, stream.superseded):
+        for arrived in shard.learn(records, superseded):
             new = [e.record.id for e in shard.captured[seen:]]
             seen = len(shard.captured)
             memory = merge_shards([shard.shard()], editor.gate, run, how=MergeConfig(rehearse=False))
@@ -282,8 +280,7 @@ def puts(base: Base, stream: EditStream, tmp_path_factory: pytest.TempPathFactor
     """How often an uninterrupted run puts something into the cache."""
     folder = tmp_path_factory.mktemp("puts")
     with pytest.MonkeyPatch.context() as patched:
-        for module in ("editor", "merge"):
-            patched.setattr(f"wisecli.editing.{module}.ordinary_prompts", lambda: ordinary_prompts()[:64])
+        few_pool_prompts(patched, prompts=64)
         seen = _puts(patched, None)
         finish(StreamEvaluation(base, stream, CONFIG, folder / "out", BOTH, options=options(folder / "cache")))
     return len(seen)
@@ -457,6 +454,29 @@ def test_checkpoints_are_powers_of_ten() -> None:
     assert [checkpoints_of(n) for n in (1, 2, 10, 11, 100, 1001)] == [
         *([], [1], [1], [1, 10], [1, 10], [1, 10, 100, 1000]),
     ]
+
+
+@pytest.mark.parametrize("protocol", ["end-of-stream", BOTH, "rollback"])
+def test_an_edit_that_the_gate_finds_superseded_is_not_asked(
+    base: Base, stream: EditStream, protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(editor: Editor, records: Sequence[EditRecord]) -> Conflicts:
+        return Conflicts({"e2": "e3"} if {"e2", "e3"} <= {r.id for r in records} else {})
+
+    monkeypatch.setattr(Editor, "conflicts", found)
+    some = short(stream, 4)
+    if protocol == "rollback":
+        report = finish(RollbackEvaluation(base, some, CONFIG, [1, 4], options=options()))
+        (single, _) = report.sections["rollbacks"]
+        assert single["scores"]["rel"]["exact"]["n"] == 4  # alone, the edit is learned
+    else:
+        report = finish(StreamEvaluation(base, some, CONFIG, tmp_path, protocol, options=options()))
+        assert report.superseded == 1
+    asked = report.items
+    if protocol == BOTH:
+        asked += tuple(Item.from_json(i) for i in report.sections["fresh"]["items"])
+        assert all(point["scores"]["rel"] is not None for point in report.sections["retention"])
+    assert {i.question.edit for i in asked} == {"e0", "e1", "e3"}
 
 
 # -- rollbacks ---------------------------------------------------------------------------------------------------------

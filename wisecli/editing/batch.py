@@ -30,9 +30,9 @@ class CapturedEdit:
     rows: tuple[CapturedRow, ...]
 
     @property
-    def key_activations(self) -> Tensor:
-        """`a` at the last content token of every row [rows, F]."""
-        return torch.stack([r.last for r in self.rows])
+    def entries(self) -> Tensor:
+        """The layer's input at the last content token of every row [rows, D]."""
+        return torch.stack([r.entry for r in self.rows])
 
 
 def edit_rows(encoder: PromptEncoder, record: EditRecord, n_contexts: int, seed: int) -> list[Row]:

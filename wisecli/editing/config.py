@@ -27,15 +27,16 @@ class EditConfig:
         block: edits that arrive together (rehearsal only).
         max_steps: cap on the steps of each block of edits and, for every ten edits, of going over all of them again;
             learning stops earlier when everything holds. For the published schedule, the steps of each edit.
-        lr: step size; for rehearsal in units of (|a W^T| / |a|)^2, so that it fits any scale; absolute for published.
+        lr: step size; for rehearsal in units of (|h| / |a|)^2, so that it fits any scale; absolute for published.
         rows: rows per step (rehearsal).
         tokens: tokens per step at most, so that long rows take no longer; at least two rows are taken (rehearsal).
         dropout: share of the FFN activations dropped at random in each step, so that an edit rests on many of them and
             carries over to other wordings (rehearsal).
+        rewording: share of the rows of each step that are moved as another wording would move them (rehearsal).
         confidence: a row is learned when every target token has at least this probability.
         margins: alpha, beta, gamma of the published margin loss, in units of the layer's own scale.
         act_ratio: epsilon of the activation router as a share of the smallest in-scope indicator.
-        rank: whitened directions kept for the edit keys.
+        rank: directions kept for the edit keys.
         chat: render prompts with the base's chat template.
     """
 
@@ -52,10 +53,11 @@ class EditConfig:
     rows: int = 32
     tokens: int = 2048
     dropout: float = 0.5
+    rewording: float = 0.5
     confidence: float = 0.95
     margins: tuple[float, float, float] = (0.1, 0.4, 0.2)
     act_ratio: float = 0.88
-    rank: int = 512
+    rank: int = 128
     chat: bool = False
 
     def __post_init__(self) -> None:
@@ -72,6 +74,8 @@ class EditConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must lie in (0, 1], not {getattr(self, name)}.")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout must lie in [0, 1), not {self.dropout}.")
+        if not 0 <= self.rewording <= 1:
+            raise UsageError(f"--rewording must lie in [0, 1], not {self.rewording}.")
         if self.lr is not None and self.lr <= 0:
             raise UsageError(f"--lr must be positive, not {self.lr}.")
 

@@ -1,6 +1,6 @@
 """What every shard of a run shares, and a shard while it is being learned.
 
-`Editor` holds a base, a config and what follows from them: edit site, the base's upper part, the whitened ordinary
+`Editor` holds a base, a config and what follows from them: edit site, the base's upper part, the pool of ordinary
 prompts. `OpenShard` takes edits in as they arrive and can be read off at any time as the shard it would be if the
 stream ended now. Nothing here touches the disk: `run` writes shards into a folder, `merge` makes side memories of them.
 """
@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wisecli.data.pool import ordinary_prompts
+from wisecli.data.pool import Pool, PoolFact, pool_facts
 from wisecli.data.records import EditRecord
-from wisecli.data.stream import EditStream
+from wisecli.data.stream import EditStream, prompt_key
 from wisecli.editing.batch import CapturedEdit, capture_edits
 from wisecli.editing.config import EditConfig
-from wisecli.editing.negatives import about_edits, hard_negatives
+from wisecli.editing.conflicts import Conflicts, find_conflicts
+from wisecli.editing.negatives import about_edits, hard_negatives, kindred_negatives
 from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
+from wisecli.editing.rewording import Rewording
 from wisecli.memory.bits import SparseDelta, draw_mask
-from wisecli.memory.keys import Whitening
+from wisecli.memory.keys import crowding
 from wisecli.memory.shard import FORMAT_VERSION, RUN_FORMAT, Gate, Shard
 from wisecli.models.base import Base, fingerprint
 from wisecli.models.prompts import PromptEncoder
@@ -34,6 +36,7 @@ from wisecli.models.site import find_site
 from wisecli.models.upper import UpperModel
 from wisecli.versions import versions
 
+KINDRED = 0.4  # cosine from which a pool fact is of an edit's kind; facts of other kinds seldom come so close
 TOOK, FAILED, SUPERSEDED = "took", "failed", "superseded"
 
 
@@ -43,36 +46,85 @@ class Editor:
     Args:
         base: loaded base; only read.
         config: of the run.
-        extra_pool: more ordinary prompts to whiten and calibrate on.
+        extra_pool: more ordinary prompts to calibrate on; wordings of one question have tabs between them.
         texts: keep prompts and targets in the shards; ids alone otherwise.
+        pool: all ordinary prompts, instead of the shipped ones and `extra_pool`.
     """
 
-    def __init__(self, base: Base, config: EditConfig, *, extra_pool: Sequence[str] = (), texts: bool = True) -> None:
+    def __init__(
+        self,
+        base: Base,
+        config: EditConfig,
+        *,
+        extra_pool: Sequence[str] = (),
+        texts: bool = True,
+        pool: Pool | None = None,
+    ) -> None:
         self.base, self.config, self.texts = base, config, texts
         self.encoder = PromptEncoder(base.tokenizer, chat=config.chat)
         self.site = find_site(base.model, config.layer, config.module)
         self.upper = UpperModel(base.model, self.site, self.encoder)
-        self.pool = tuple(dict.fromkeys([*ordinary_prompts(), *extra_pool]))
+        self.pool = Pool.of(extra_pool) if pool is None else pool
+        known = set(self.pool.prompts)
+        self.facts = tuple(f for f in pool_facts() if known.issuperset(f.prompts))
         self._vectors: dict[str, Tensor] = {}
 
     @cached_property
     def gate(self) -> Gate:
-        """Whitening of the layer, and the whitened ordinary prompts."""
-        captured = self.upper.capture([self.encoder.prompt(p) for p in self.pool])
-        a = torch.stack([r.last for r in captured])
-        whitening = Whitening.fit(a, self.config.rank)
-        return Gate(whitening, whitening(a).half().cpu())
+        """The layer's key space, and the pool in it."""
+        h = self.upper.entries([self.encoder.prompt(p) for p in self.pool.prompts])
+        return Gate.fit(h, torch.tensor(self.pool.group), self.config.rank)
 
-    def whitened(self, prompts: Sequence[str]) -> Tensor:
-        """Whitened unit vectors [n, r] (fp16) of prompts; a prompt seen before is not run again."""
+    @cached_property
+    def rewording(self) -> Rewording | None:
+        """How other wordings move activations; None where that is not wanted."""
+        return Rewording.measure(self.upper) if self.config.rewording else None
+
+    def vectors(self, prompts: Sequence[str]) -> Tensor:
+        """Unit vectors [n, r] (fp16) of prompts in the key space; a prompt seen before is not run again."""
         new = [p for p in dict.fromkeys(prompts) if p not in self._vectors]
         if new:
-            captured = self.upper.capture([self.encoder.prompt(p) for p in new])
-            vectors = self.gate.whitening(torch.stack([r.last for r in captured])).half().cpu()
+            vectors = self.gate.space(self.upper.entries([self.encoder.prompt(p) for p in new])).half().cpu()
             self._vectors |= zip(new, vectors, strict=True)
-        rank = self.gate.whitening.rank
+        rank = self.gate.space.rank
         kept = [self._vectors[p] for p in prompts]
         return torch.stack(kept) if kept else torch.zeros(0, rank, dtype=torch.float16)
+
+    def negatives(self, records: Sequence[EditRecord], exclude: Collection[str] = ()) -> list[str]:
+        """Prompts close to these edits but out of their scope, none of them in `exclude`."""
+        nearest = self._nearest_facts(records)
+        strange = [r for r, fact in zip(records, nearest, strict=True) if fact is None]
+        seed = self.config.seed
+        made = kindred_negatives(records, nearest, self.facts, seed, exclude)
+        return list(dict.fromkeys([*made, *hard_negatives(strange, seed=seed, exclude=exclude)]))
+
+    def _nearest_facts(self, records: Sequence[EditRecord]) -> list[PoolFact | None]:
+        """For each record the pool fact closest to it that is about no edit, if any is as close as facts of a kind."""
+        about = set(about_edits(self.pool.prompts, records))
+        place = {p: i for i, p in enumerate(self.pool.prompts)}
+        facts = [f for f in self.facts if place[f.prompts[0]] not in about]
+        if not facts or not records:
+            return [None] * len(records)
+        vectors = self.gate.pool[[place[f.prompts[0]] for f in facts]].float()
+        best, at = (self.vectors([r.prompt for r in records]).float() @ vectors.T).max(1)
+        return [facts[i] if cosine > KINDRED else None for cosine, i in zip(best.tolist(), at.tolist(), strict=True)]
+
+    def conflicts(self, records: Sequence[EditRecord]) -> Conflicts:
+        """Which of these records ask for the same fact in other words, as the gate sees it."""
+        near = self.gate.trial.near
+        if not len(near):
+            return Conflicts({})
+        vectors = self.vectors([r.prompt for r in records]).float()
+        about = set(about_edits(self.pool.prompts, records))
+        ordinary = self.gate.pool[[i for i in range(len(self.gate.pool)) if i not in about]].float()
+        return find_conflicts(records, vectors, crowding(vectors, ordinary), float(near.max()))
+
+    def settle(self, stream: EditStream) -> tuple[dict[str, str | None], Conflicts]:
+        """Every superseded edit of a stream with the one that takes its place, and what the gate had to say."""
+        last = {prompt_key(r.prompt): r.id for r in stream.records}
+        by_prompt = {r.id: last[prompt_key(r.prompt)] for r in stream.records if r.id in stream.superseded}
+        found = self.conflicts([r for r in stream.records if r.id not in stream.superseded])
+        return {**by_prompt, **found.superseded}, found
 
     def capture(self, records: Sequence[EditRecord]) -> list[CapturedEdit]:
         """Edits run through the frozen part, once.
@@ -90,9 +142,10 @@ class Editor:
     def learn(self, stream: EditStream) -> list[Shard]:
         """The shards of a whole stream, in memory."""
         shards = []
+        superseded, _ = self.settle(stream)
         for index, records in enumerate(slices(stream.records, self.config.shards)):
             shard = self.open(index, stream)
-            for _ in shard.learn(records, stream.superseded):
+            for _ in shard.learn(records, superseded):
                 pass
             shards.append(shard.shard())
         return shards
@@ -115,7 +168,7 @@ class Editor:
             "config": self.config.to_json(),
             "n_shards": self.config.shards,
             "stream": {"digest": stream.digest, "edits": len(stream.records), "format": stream.format},
-            "pool": hashlib.sha256("\n".join(self.pool).encode()).hexdigest(),
+            "pool": hashlib.sha256("\n".join(self.pool.prompts).encode()).hexdigest(),
             "texts": self.texts,
             "versions": versions(),
         }
@@ -139,13 +192,23 @@ class OpenShard:
         config, site = editor.config, editor.site
         self.seed = config.mask_seed(index)
         self.mask = draw_mask((site.d_out, site.d_in), config.mask_density, self.seed)
-        learner = Published if config.schedule == "published" else Rehearsal
-        self.learner = learner(editor.upper, self.mask, config, self.seed)
+        self.learner: Rehearsal | Published
+        if config.schedule == "published":
+            self.learner = Published(editor.upper, self.mask, config, self.seed)
+        else:
+            self.learner = Rehearsal(editor.upper, self.mask, config, self.seed, rewording=editor.rewording)
         self.records: list[EditRecord] = []
         self.captured: list[CapturedEdit] = []
+        self.by: dict[str, str | None] = {}
 
-    def learn(self, records: Sequence[EditRecord], superseded: Collection[str] = ()) -> Iterator[int]:
-        """Learn a whole slice, block by block, yielding how many of its records have arrived."""
+    def learn(self, records: Sequence[EditRecord], superseded: Mapping[str, str | None] | None = None) -> Iterator[int]:
+        """Learn a whole slice, block by block, yielding how many of its records have arrived.
+
+        Args:
+            records: of the slice.
+            superseded: ids that are not learned, each with the edit that takes its place.
+        """
+        self.by = superseded = dict(superseded or {})
         places = [i for i, r in enumerate(records) if r.id not in superseded]
         captured = self.editor.capture([records[i] for i in places])
         for arrived in self.learner.learn(captured):
@@ -155,9 +218,13 @@ class OpenShard:
         self.records = list(records)
 
     def arrive(self, record: EditRecord) -> None:
-        """Learn one more edit, whenever it comes. One with the prompt of an earlier edit takes its place."""
+        """Learn one more edit, whenever it comes. One that asks what earlier edits ask takes their place."""
         (edit,) = self.editor.capture([record])
-        place = next((i for i, e in enumerate(self.captured) if e.record.prompt == record.prompt), None)
+        place, *others = self._beaten(record) or (None,)
+        self.by |= {self.captured[i].record.id: record.id for i in (place, *others) if i is not None}
+        for i in reversed(others):
+            self.learner.drop(i)
+            del self.captured[i]
         if place is None:
             self.learner.arrive([edit])
             self.captured.append(edit)
@@ -166,26 +233,35 @@ class OpenShard:
             self.captured[place] = edit
         self.records.append(record)
 
+    def _beaten(self, record: EditRecord) -> list[int]:
+        """Positions of the edits whose place a new one takes: those of its prompt, and those the gate says it asks."""
+        found = self.editor.conflicts([*(e.record for e in self.captured), record]).superseded
+        return [
+            i
+            for i, e in enumerate(self.captured)
+            if e.record.prompt == record.prompt or found.get(e.record.id) == record.id
+        ]
+
     def shard(self) -> Shard:
         """The shard as it stands."""
         editor, live = self.editor, [e.record for e in self.captured]
         outcomes = {e.record.id: o for e, o in zip(self.captured, self.learner.outcomes(), strict=True)}
-        keys = {e.record.id: editor.gate.whitening(e.key_activations).half().cpu() for e in self.captured}
+        keys = {e.record.id: editor.gate.space(e.entries).half().cpu() for e in self.captured}
         mine = [keys[r.id] for r in self.records if r.id in keys]
         counts = [len(keys.get(r.id, ())) for r in self.records]
-        near = hard_negatives(live, seed=editor.config.seed, exclude=self.exclude)
+        near = editor.negatives(live, self.exclude)
         return Shard(
             index=self.index,
             delta=SparseDelta.pack(self.learner.result(), self.mask),
             mask_seed=self.seed,
-            keys=torch.cat(mine) if mine else torch.zeros(0, editor.gate.whitening.rank, dtype=torch.float16),
+            keys=torch.cat(mine) if mine else torch.zeros(0, editor.gate.space.rank, dtype=torch.float16),
             owner=torch.repeat_interleave(torch.arange(len(self.records)), torch.tensor(counts, dtype=torch.long)),
-            negatives=editor.whitened(near),
+            negatives=editor.vectors(near),
             edits=tuple(self._entry(r, outcomes) for r in self.records),
             details={
                 "mask_density": editor.config.mask_density,
                 "schedule": editor.config.schedule,
-                "pool_about_edits": about_edits(editor.pool, self.records),
+                "pool_about_edits": about_edits(editor.pool.prompts, self.records),
             },
         )
 
@@ -196,7 +272,8 @@ class OpenShard:
             entry |= {"subject": record.subject} if record.subject else {}
         outcome = outcomes.get(record.id)
         if outcome is None:
-            return entry | {"outcome": SUPERSEDED, "steps": 0}
+            by = self.by.get(record.id)
+            return entry | {"outcome": SUPERSEDED, "steps": 0} | ({"by": by} if by else {})
         return entry | {
             "outcome": TOOK if outcome.took else FAILED,
             "steps": outcome.steps,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wisecli.data.pool import ordinary_prompts
+from wisecli.data.pool import ALONE, ordinary_prompts
 from wisecli.data.records import EditRecord
 from wisecli.editing.batch import CapturedEdit, capture_edits
 from wisecli.editing.config import EditConfig
@@ -23,9 +23,14 @@ from wisecli.editing.editor import FAILED, SUPERSEDED, TOOK
 from wisecli.editing.rehearsal import Rehearsal, batches
 from wisecli.errors import BaseMismatch, InputError, UsageError
 from wisecli.memory.bits import SparseDelta
-from wisecli.memory.calibration import Calibration, activation_threshold, key_threshold
+from wisecli.memory.calibration import (
+    DEFAULT_SCOPE,
+    Calibration,
+    activation_threshold,
+    key_calibration,
+)
 from wisecli.memory.indicator import activation_indicator
-from wisecli.memory.keys import KeyStore
+from wisecli.memory.keys import KeyStore, crowding, score
 from wisecli.memory.merge import METHODS, merge_deltas
 from wisecli.memory.shard import Gate, RunFolder, Shard
 from wisecli.memory.side_memory import EditEntry, Memory, SideMemory
@@ -45,6 +50,7 @@ class MergeConfig:
         density: share of each shard's *trained* entries that trimming or dropping keeps.
         rehearse: restore the edits that merging disturbed; needs the base and the texts of the edits, and is left out
             for the published schedule.
+        scope: how much the key router claims; see `memory.calibration.SCOPES`.
         values: dtype in which the merged delta is stored.
     """
 
@@ -52,6 +58,7 @@ class MergeConfig:
     density: float = 1.0
     weights: Sequence[float] | None = None
     rehearse: bool = True
+    scope: str = DEFAULT_SCOPE
     values: torch.dtype = torch.bfloat16
 
 
@@ -103,7 +110,9 @@ def merge_shards(
     keys = _keys(gate, shards)
     if not len(keys.owner):
         raise InputError("there is no learned edit.", hint="Run wise edit again with other edits.")
-    epsilon, statistics = _calibrate_keys(gate, shards, keys)
+    calibrated = _calibrate_keys(gate, shards, keys, how.scope)
+    epsilon, statistics = {"key": calibrated.epsilon}, {"key": calibrated.statistics}
+    scopes = {name: s["epsilon"] for name, s in calibrated.statistics["scopes"].items()}
     if upper is not None:
         activation = _calibrate_activation(upper, config, entries, delta.dense())
         if activation is not None:
@@ -121,7 +130,7 @@ def merge_shards(
         base=run["base"],
         site=EditSite(**run["site"]),
         rule=ContentRule.from_json(run["content_rule"]),
-        memories=(Memory(delta, epsilon, tuple(e.id for e in entries), origin),),
+        memories=(Memory(delta, epsilon, tuple(e.id for e in entries), origin, scopes),),
         keys=keys,
         edits=entries,
         router="activation" if config.schedule == "published" and "activation" in epsilon else "key",
@@ -215,14 +224,23 @@ def _asked_again(
 
 
 def _keys(gate: Gate, shards: Sequence[Shard]) -> KeyStore:
-    """One key per learned edit: its bare prompt's. The other forms only calibrate."""
-    owners, vectors, seen = [], [], 0
+    """The keys of all learned edits, and how crowded each edit is: by its bare prompt, among prompts about no edit."""
+    owners, seen = [], 0
     for shard in shards:
-        first = _first_of_each(shard.owner)
-        owners.append(shard.owner[first] + seen)
-        vectors.append(shard.keys[first])
+        owners.append(shard.owner + seen)
         seen += len(shard.edits)
-    return KeyStore(gate.whitening, torch.cat(vectors), torch.cat(owners))
+    vectors, owner = torch.cat([s.keys for s in shards]), torch.cat(owners)
+    crowded = torch.zeros(seen)
+    first = _first_of_each(owner)
+    crowded[owner[first]] = crowding(vectors[first].float(), _ordinary(gate, shards))
+    return KeyStore(gate.space, vectors, owner, crowded.half())
+
+
+def _ordinary(gate: Gate, shards: Sequence[Shard], alone: bool = False) -> Tensor:
+    """Vectors of the pool's prompts that are about no edit; with `alone` only of those that word no fact."""
+    about = {i for s in shards for i in s.details.get("pool_about_edits", ())}
+    fits = (gate.group == ALONE).tolist() if alone else [True] * len(gate.pool)
+    return gate.pool[[i for i, fit in enumerate(fits) if fit and i not in about]].float()
 
 
 def _first_of_each(owner: Tensor) -> Tensor:
@@ -232,28 +250,27 @@ def _first_of_each(owner: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.long), (owner[1:] != owner[:-1]).nonzero()[:, 0] + 1])
 
 
-def _calibrate_keys(gate: Gate, shards: Sequence[Shard], keys: KeyStore) -> tuple[dict[str, float], dict[str, Any]]:
-    vectors = keys.keys.float()
-    pool, hard = gate.pool.float(), torch.cat([s.negatives for s in shards]).float()
-    about = {i for s in shards for i in s.details.get("pool_about_edits", ())}
-    ordinary = pool[[i for i in range(len(pool)) if i not in about]]
-    inside = torch.cat([_own_scores(s.keys.float(), s.owner) for s in shards])
-    calibration = key_threshold(_nearest(ordinary, vectors), gate.neighbours, _nearest(hard, vectors), inside)
-    return {"key": calibration.epsilon}, {"key": calibration.statistics}
+def _calibrate_keys(gate: Gate, shards: Sequence[Shard], keys: KeyStore, scope: str) -> Calibration:
+    hard = torch.cat([s.negatives for s in shards]).float()
+    crowded = keys.crowding.float()[keys.owner]
+    alone = _ordinary(gate, shards, alone=True)  # what facts of a kind may do is the trial's to say
+    ordinary, negatives = (_best(v, keys.keys.float(), crowded) for v in (alone, hard))
+    edits = len(keys.owner.unique())
+    return key_calibration(gate.trial, edits, ordinary, negatives, _own_scores(keys), scope)
 
 
-def _nearest(vectors: Tensor, keys: Tensor) -> Tensor:
-    """Largest cosine of each vector with a key; nothing for no vectors."""
-    return (vectors @ keys.T).max(1).values if len(vectors) else torch.zeros(0)
+def _best(vectors: Tensor, keys: Tensor, crowded: Tensor) -> Tensor:
+    """Largest score of each vector; nothing for no vectors."""
+    return score(vectors, keys, crowded).max(1).values if len(vectors) else torch.zeros(0)
 
 
-def _own_scores(vectors: Tensor, owner: Tensor) -> Tensor:
-    """For each edit with several forms, the lowest cosine of its bare prompt with another of them."""
+def _own_scores(keys: KeyStore) -> Tensor:
+    """For each edit with several forms, the lowest score of one of them for its bare prompt's key."""
     scores = []
-    for edit in owner.unique().tolist():
-        own = vectors[owner == edit]
+    for edit in keys.owner.unique().tolist():
+        own = keys.keys[keys.owner == edit].float()
         if len(own) > 1:
-            scores.append((own[1:] @ own[0]).min())
+            scores.append(score(own[1:], own[:1], keys.crowding[edit].float()).min())
     return torch.stack(scores) if scores else torch.zeros(0)
 
 

@@ -63,6 +63,10 @@ class Published:
         self.steps[i] = self._edit(edit, self._irrelevant(edit, i))
         self.edits[i] = edit
 
+    def drop(self, i: int) -> None:
+        """The i-th edit counts no longer; those behind it move up."""
+        del self.edits[i], self.steps[i]
+
     def outcomes(self) -> list[Outcome]:
         """How it went for each edit that has arrived, asked again now."""
         return [self._outcome(e, n) for e, n in zip(self.edits, self.steps, strict=True)]

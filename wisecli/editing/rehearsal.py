@@ -3,11 +3,12 @@
 The published algorithm learns one edit after the other with SGD and forgets inside a shard. Here each edit's frozen
 activations are captured once; when a block of edits arrives, every step mixes its rows with rows of earlier edits,
 those least well held first. Only entries inside the shard's mask ever move. Learning stops when every row of the shard
-holds: when each of its target tokens has at least the wanted probability.
+holds: when each of its target tokens has at least the wanted probability. An edit that never comes right is set
+aside after a while, so that it does not bend the delta at the others' cost.
 
-Two choices carry edits over to other wordings: plain SGD with momentum, which keeps the delta in the span of the
-activations it saw, and dropout on those activations, which makes it rest on many of them. The same loop, started from
-a merged delta, restores what merging disturbed (`hold`).
+Three choices carry edits over to other wordings: plain SGD with momentum, which keeps the delta in the span of the
+activations it saw; dropout on those activations, which makes it rest on many of them; and moving them as other wordings
+would (`rewording`). The same loop, started from a merged delta, restores what merging disturbed (`hold`).
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from torch import Tensor
 
 from wisecli.editing.batch import CapturedEdit
 from wisecli.editing.config import EditConfig
+from wisecli.editing.rewording import Rewording
 from wisecli.models.upper import CapturedRow, UpperModel
 
-DEFAULT_LR = 0.4
+DEFAULT_LR = 0.035
 MOMENTUM = 0.9
 _SWEEP, _SWEEP_TOKENS = 128, 8192  # rows and tokens per batch at most when nothing is differentiated
 _ROUND = 6  # least number of steps between two sweeps
+_SWEPT = 0.3  # steps between two sweeps at least, per step's worth of rows swept: else sweeps outweigh steps
 _SHORT = 8  # tokens of a target up to which the loss is a plain mean over all tokens of a step
 _PATIENCE = 5  # sweeps without a new best before practising is given up
+_HOPELESS = 4  # times `max_steps` that an edit is practised before one that never came right is set aside
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,21 @@ class Rehearsal:
         config: of the run.
         seed: of minibatches and dropout.
         start: the delta to start from; zero when None.
+        rewording: how other wordings move activations; measured when None and wanted.
     """
 
     def __init__(
-        self, upper: UpperModel, mask: Tensor, config: EditConfig, seed: int, start: Tensor | None = None
+        self,
+        upper: UpperModel,
+        mask: Tensor,
+        config: EditConfig,
+        seed: int,
+        start: Tensor | None = None,
+        rewording: Rewording | None = None,
     ) -> None:
         device = upper.site.weight(upper.model).device
         self.upper, self.config = upper, config
+        self.rewording = rewording or (Rewording.measure(upper) if config.rewording else None)
         self.mask = mask.to(device, torch.float32)
         start = torch.zeros(mask.shape) if start is None else start
         self.delta = start.to(device, torch.float32).clone().requires_grad_()
@@ -100,16 +112,17 @@ class Rehearsal:
         self._practise(first, len(self.rows), first)
 
     def replace(self, i: int, edit: CapturedEdit) -> None:
-        """Learn an edit in the place of the i-th, which it contradicts: that one is no longer rehearsed.
-
-        It has as many rows as the one it replaces.
-        """
+        """Learn an edit in the place of the i-th, which it contradicts: that one is no longer rehearsed."""
+        self._put(i, edit.rows)
+        self.steps[i] = 0
         first = self.firsts[i]
-        end = first + len(edit.rows)
-        self.rows[first:end] = edit.rows
-        self.worst[first:end] = torch.inf
-        self.right[first:end] = False
-        self._practise(first, end, len(self.rows))
+        self._practise(first, first + len(edit.rows), len(self.rows))
+
+    def drop(self, i: int) -> None:
+        """Rehearse the i-th edit no longer; those behind it move up."""
+        self._put(i, ())
+        del self.firsts[i], self.steps[i]
+        self.owner = [o - (o > i) for o in self.owner]
 
     def outcomes(self) -> list[Outcome]:
         """How learning went for each edit that has arrived, as last seen."""
@@ -142,16 +155,26 @@ class Rehearsal:
         self.right = torch.cat([self.right, torch.zeros(len(new), dtype=torch.bool)])
         return first
 
-    def _set_step(self, edits: Sequence[CapturedEdit]) -> None:
-        """lr in units of (|y| / |a|)^2 with y = a W^T, at the edits' last content tokens.
+    def _put(self, i: int, rows: Sequence[CapturedRow]) -> None:
+        """Rows that do not yet hold in the place of the i-th edit's, which may be more or fewer."""
+        first, count = self.firsts[i], self.owner.count(i)
+        end = first + count
+        self.rows[first:end] = rows
+        self.owner[first:end] = [i] * len(rows)
+        self.firsts = [f + len(rows) - count if j > i else f for j, f in enumerate(self.firsts)]
+        new = torch.full((len(rows),), torch.inf)
+        self.worst = torch.cat([self.worst[:first], new, self.worst[end:]])
+        self.right = torch.cat([self.right[:first], new < 0, self.right[end:]])
 
-        A gradient step moves y by lr |a|^2 dL/dy, and dL/dy goes as 1/|y|: in these units a step moves y by the same
-        share of itself whatever the scale of activations and weights.
+    def _set_step(self, edits: Sequence[CapturedEdit]) -> None:
+        """lr in units of (|h| / |a|)^2, with h the stream that enters the layer, at the edits' last content tokens.
+
+        A gradient step moves the stream by lr |a|^2 dL/dh, and a final norm makes dL/dh go as 1/|h|: in these units a
+        step moves the stream by the same share of itself whatever the scale of activations and weights.
         """
-        a = torch.cat([e.key_activations for e in edits]).float()
-        weight = self.upper.site.weight(self.upper.model)
-        reach = (a @ weight.float().T).norm(dim=-1)
-        unit = float((reach / a.norm(dim=-1).clamp(min=1e-6)).square().median())
+        a = torch.stack([r.last for e in edits for r in e.rows]).float()
+        h = torch.cat([e.entries for e in edits]).float()
+        unit = float((h.norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-6)).square().median())
         for group in self.optimiser.param_groups:
             group["lr"] = (self.config.lr or DEFAULT_LR) * unit
 
@@ -176,7 +199,8 @@ class Rehearsal:
             best, stale = (len(pending), 0) if len(pending) < best else (best, stale + 1)
             if not len(pending) or stale >= _PATIENCE:
                 return
-            for _ in range(max(_ROUND, math.ceil(2 * len(pending) / self.config.rows))):
+            due = math.ceil(2 * len(pending) / self.config.rows)
+            for _ in range(max(_ROUND, due, math.ceil(_SWEPT * len(self.rows) / self.config.rows))):
                 self._step(self._within_budget(self._choose(pending, self.config.rows // 2, len(self.rows))))
                 spent += 1
                 pending = self._pending()
@@ -184,8 +208,14 @@ class Rehearsal:
                     break
 
     def _pending(self, first: int = 0, end: int | None = None) -> Tensor:
-        """Rows in [first, end) that did not hold when last seen."""
-        return (~(self.worst[first:end] <= self.limit)).nonzero()[:, 0] + first
+        """Rows in [first, end) that did not hold when last seen, but for those set aside."""
+        return (~(self.worst[first:end] <= self.limit) & ~self._aside()[first:end]).nonzero()[:, 0] + first
+
+    def _aside(self) -> Tensor:
+        """Rows of edits that were practised long enough and never came right: going on would harm the others."""
+        spent = torch.tensor([s >= _HOPELESS * self.config.max_steps for s in self.steps], dtype=torch.bool)
+        wrong = ~self.right[torch.tensor(self.firsts, dtype=torch.long)]
+        return (spent & wrong)[torch.tensor(self.owner, dtype=torch.long)]
 
     def _choose(self, pending: Tensor, share: int, before: int) -> list[int]:
         """Up to `share` pending rows, the rest drawn from rows before `before`, those least well held more often."""
@@ -194,6 +224,7 @@ class Rehearsal:
         if before == 0 or others <= 0:
             return order.tolist()
         weight = self.worst[:before].nan_to_num(5.0).clamp(1e-3, 5.0) + 0.05
+        weight[self._aside()[:before]] = 0.0
         weight[order[order < before]] = 0.0
         others = min(others, int((weight > 0).sum()))
         drawn = torch.multinomial(weight, others, generator=self.generator) if others else order[:0]
@@ -213,7 +244,7 @@ class Rehearsal:
         return out if len(out) < len(picked) else picked
 
     def _step(self, picked: list[int]) -> None:
-        rows = [self._dropped(self.rows[i]) for i in picked]
+        rows = [self._dropped(self._reworded(self.rows[i])) for i in picked]
         logits, targets = self.upper.logits(rows, self.delta)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         self._note(picked, rows, losses.detach(), logits.detach().argmax(-1) == targets)
@@ -225,6 +256,12 @@ class Rehearsal:
         self.optimiser.step()
         for edit in {self.owner[i] for i in picked}:
             self.steps[edit] += 1
+
+    def _reworded(self, row: CapturedRow) -> CapturedRow:
+        """A share of the rows as if they were worded otherwise."""
+        if self.rewording is None or torch.rand((), generator=self.generator) >= self.config.rewording:
+            return row
+        return self.rewording(row, self.generator)
 
     def _dropped(self, row: CapturedRow) -> CapturedRow:
         """The row with a random share of its activations dropped and the others scaled up, anew at every step."""

@@ -4,19 +4,21 @@ The stream is cut into consecutive slices; each slice has its own seeded mask an
 not depend on one another. A shard is written when it is finished, its ledger lines after it. Running the same command
 again continues with the shards that are missing and gives the same bytes as one uninterrupted run.
 
-A record that a later record contradicts (same prompt, other target) is not learned: the later edit wins, and the ledger
-says so.
+A record that a later record contradicts (the same prompt, or by the gate's judgement the same fact, with another
+target) is not learned: the later edit wins, and the ledger says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from wisecli.data.stream import EditStream
 from wisecli.editing.config import EditConfig
+from wisecli.editing.conflicts import Conflicts
 from wisecli.editing.editor import Editor, OpenShard, slices
 from wisecli.errors import InputError, UsageError
 from wisecli.memory.files import ensure_writable
@@ -84,12 +86,18 @@ class EditRun:
             if not path.exists():
                 self._ready_gate()
                 self.open = self.editor.open(index, self.stream)
-                for arrived in self.open.learn(records, self.stream.superseded):
+                for arrived in self.open.learn(records, self.settled[0]):
                     yield Progress(done + arrived, total)
                 self.open.shard().save(path)
                 self.open = None
             done += len(records)
             yield Progress(done, total, self._record(Shard.load(path)))
+
+    @cached_property
+    def settled(self) -> tuple[dict[str, str | None], Conflicts]:
+        """Superseded edits with those that take their places, and the pairs that the gate cannot tell apart."""
+        self._ready_gate()
+        return self.editor.settle(self.stream)
 
     @property
     def finished(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -92,16 +92,17 @@ class StreamEvaluation:
         how: MergeConfig | None = None,
         options: EvalOptions | None = None,
     ) -> None:
-        self.base, self.stream, self.protocol = base, stream, protocol
+        self.base, self.protocol = base, protocol
         self.options = options or EvalOptions()
         self.how = how or MergeConfig()
         self.run = EditRun(base, stream, config, out / "shards")
+        self.stream = _without(stream, self.run.settled[0])
         self.path = out / "sm.safetensors"
         self.while_learning = protocol in (FRESH, BOTH)
         self.fresh: list[Item] = []
         self.curve: list[dict[str, Any]] = []
         self.router = router_of(config, self.options)
-        self.asker = asker_for(base, stream, config.chat, self.options)
+        self.asker = asker_for(base, self.stream, config.chat, self.options)
         self.report: EvalReport | None = None
 
     def __iter__(self) -> Iterator[Progress]:
@@ -208,7 +209,7 @@ class StreamEvaluation:
     def _note_end(self, shard: OpenShard, store: AnswerStore | None) -> None:
         """When a shard's last edit has been asked, keep everything under the shard."""
         records = slices(self.stream.records, self.run.config.shards)[shard.index]
-        live = [r.id for r in records if r.id not in self.stream.superseded]
+        live = [r.id for r in records if r.id not in self.run.settled[0]]
         if store is None or len(shard.captured) < len(live):
             return
         end = sum(len(s) for s in slices(self.stream.records, self.run.config.shards)[: shard.index])
@@ -332,7 +333,7 @@ class RollbackEvaluation:
         for k, group in enumerate(groups):
             yield Progress(f"T={t}", k, len(groups))
             stream = EditStream.of(group)
-            wanted = set(questions_of(stream))
+            wanted = set(questions_of(_without(stream, self.editor.settle(stream)[0])))
             which = [i for r in group for i in asker.places.get(r.id, ()) if asker.questions[i] in wanted]
             items += self._sequence(asker, stream, which)
             identical = identical and probe.same(self.base)
@@ -359,6 +360,11 @@ class RollbackEvaluation:
         if store is not None:
             store.put("items", [i.to_json() for i in items])
         return items
+
+
+def _without(stream: EditStream, superseded: Collection[str]) -> EditStream:
+    """The stream as it is asked: what the gate found superseded is not learned, and not asked either."""
+    return replace(stream, superseded=stream.superseded.union(superseded))
 
 
 @dataclass(frozen=True)

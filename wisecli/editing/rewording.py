@@ -1,0 +1,59 @@
+"""What another wording of a prompt would do to its activations, borrowed from facts of the pool.
+
+While an edit is practised, the activations from which its target is predicted are moved as one wording of a pool fact
+differs from another where its answer is predicted, so that the delta does not rest on the wording it was given. No
+paraphrase is generated and no evaluation prompt is used.
+
+Shapes: `n` tokens of an answer, `F` FFN width, `D` model width, `T` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from wisecli.data.pool import pool_facts
+from wisecli.models.upper import CapturedRow, UpperModel
+
+_FACTS = 400
+_REACH = 0.7  # of a displacement; the rest of it belongs to the fact it was taken from
+
+
+@dataclass(frozen=True)
+class Rewording:
+    """Displacements of `a` [n, F] and of the stream [n, D] from one wording to another, per answer token predicted."""
+
+    moves: Sequence[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def measure(cls, upper: UpperModel) -> Rewording:
+        """Between the first two wordings of pool facts, in both directions."""
+        facts = [f for f in pool_facts()[:_FACTS] if len(f.prompts) > 1]
+        pairs = [upper.encoder.pair(p, f.answer) for f in facts for p in f.prompts[:2]]
+        captured = upper.capture(pairs)
+        moves = []
+        for one, other in zip(captured[::2], captured[1::2], strict=True):
+            here, there = _predicting(one), _predicting(other)
+            n = min(len(here), len(there))
+            a = _REACH * (other.a[there[:n]] - one.a[here[:n]])
+            stream = _REACH * (other.stream[there[:n]] - one.stream[here[:n]])
+            moves += [(a, stream), (-a, -stream)]
+        return cls(moves)
+
+    def __call__(self, row: CapturedRow, generator: torch.Generator) -> CapturedRow:
+        """The row as if its prompt were worded otherwise, as `generator` chooses; long targets keep the last move."""
+        move_a, move_stream = self.moves[int(torch.randint(len(self.moves), (), generator=generator))]
+        at = _predicting(row)
+        like = torch.arange(len(at)).clamp(max=len(move_a) - 1)
+        a, stream = row.a.clone(), row.stream.clone()
+        a[at] += move_a[like]
+        stream[at] += move_stream[like]
+        return replace(row, a=a, stream=stream)
+
+
+def _predicting(row: CapturedRow) -> Tensor:
+    """Positions from which the tokens of the target are predicted [n]."""
+    return (row.labels[1:] != -100).nonzero()[:, 0]
