@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,15 +15,18 @@ from typing import Any
 import pytest
 from conftest import build_tokenizer
 
-from wisecli.chat import ChatSession, Explanation, Turn, _Generation
+from wisecli.chat import ChatSession, Turn, _Generation
 from wisecli.cli._output import Output
+from wisecli.cli._why import printable, route_line
 from wisecli.cli.app import main
-from wisecli.cli.chat import Dialogue, _converse, _document, _history_path, _in_words, _printable, _route_line
+from wisecli.cli.chat import Dialogue, _converse, _document, _history_path
 from wisecli.errors import InputError, UsageError
 from wisecli.evaluation.answers import generate_answers
 from wisecli.models.base import Base
 from wisecli.models.prompts import PromptEncoder, Row
 from wisecli.routing.attach import Attached, attach
+from wisecli.routing.explain import Explanation, explain
+from wisecli.routing.routers import Route
 
 EDITED = ("the capital of France is", "who is Paris")
 OTHER = "hello world hello world, what when where"
@@ -83,25 +87,42 @@ def test_pieces_join_to_the_answer_and_the_route_is_the_decision(base: Base, att
     assert decided.routed == (prompt in EDITED)
 
 
-def test_the_explanation_names_the_nearest_edit_also_below_the_threshold(base: Base, attached: Attached) -> None:
+def why_of(session: ChatSession) -> Explanation:
+    why = session.explain()
+    assert why is not None
+    return why
+
+
+def test_the_explanation_is_of_the_route_that_was_taken(base: Base, attached: Attached) -> None:
     session = session_of(base, attached)
-    list(session.ask(EDITED[1]))
-    why = session.explain()
-    assert (why.router, why.memory, why.edit) == ("key", 0, attached.side_memory.edits[1])
-    assert why.indicator > why.epsilon == pytest.approx(0.9)
+    for prompt in (*EDITED, OTHER):
+        list(session.ask(prompt))
+        why, turn = why_of(session), turn_of(session)
+        assert why.route == turn.route
+        assert why.nearest[0].entry == turn.edit
+        assert [why] == explain(attached, session.encoder, [prompt])
+    assert turn.edit in attached.side_memory.edits  # main memory answered, and it is named all the same
+    assert len(session.explain(top=1).nearest) == 1
+
+
+def test_explaining_leaves_the_turn_and_the_next_answer(base: Base, attached: Attached) -> None:
+    session = session_of(base, attached, max_new_tokens=200)
+    list(session.ask(EDITED[0]))
+    turn = turn_of(session)
+    session.explain()
+    assert session.turn is turn
     list(session.ask(OTHER))
-    why = session.explain()
-    assert why.memory is None
-    assert why.indicator <= why.epsilon
-    assert why.edit in attached.side_memory.edits
+    session.explain()
+    list(session.ask(EDITED[0]))
+    assert turn_of(session) == turn
 
 
 def test_the_activation_router_names_no_edit(base: Base, make_side_memory: Callable[..., Any]) -> None:
     with attach(base.model, make_side_memory(base.model, EDITED), router="activation") as attached:
         session = session_of(base, attached)
         list(session.ask(EDITED[0]))
-        why = session.explain()
-    assert (why.router, why.memory, why.edit) == ("activation", 0, None)
+        why = why_of(session)
+    assert (why.router, why.route.memory, why.nearest) == ("activation", 0, ())
 
 
 def test_the_plain_base_has_no_route(base: Base) -> None:
@@ -109,7 +130,7 @@ def test_the_plain_base_has_no_route(base: Base) -> None:
     list(session.ask(OTHER))
     assert turn_of(session).answer == expected(base, OTHER).text
     assert turn_of(session).route is None
-    assert session.explain() == Explanation()
+    assert session.explain() is None
 
 
 def test_ask_base_is_the_detached_base_and_leaves_the_turn(base: Base, make_side_memory: Callable[..., Any]) -> None:
@@ -180,11 +201,14 @@ def test_closing_the_iterator_stops_and_the_session_goes_on(base: Base, attached
     assert turn_of(session).answer.startswith(first)
 
 
-def test_an_answer_stopped_before_its_decision(base: Base, attached: Attached) -> None:
+def test_an_answer_stopped_before_its_decision(
+    base: Base, attached: Attached, capsys: pytest.CaptureFixture[str]
+) -> None:
     session = session_of(base, attached)
     session.turn = Turn("what", "", stopped=True)
-    assert session.explain() == Explanation(router="key")
-    assert _in_words(session.explain(), 1) == ["The answer was stopped before a memory was chosen."]
+    assert session.explain() is None
+    Dialogue(Output(), session, echo=False).handle("/why")
+    assert capsys.readouterr().out == "The answer was stopped before a memory was chosen.\n"
 
 
 def test_asking_again_stops_an_unfinished_answer(base: Base, attached: Attached) -> None:
@@ -299,6 +323,9 @@ def test_each_turn_is_decided_anew(chat_base: Base, make_side_memory: Callable[.
             list(session.ask(question))
             [decided] = attached.decide(session.encoder.batch([session.encoder.conversation(session._asked)]))
             assert turn_of(session).route == decided
+            why = why_of(session)
+            assert why.route == decided
+            assert "".join(t.text for t in why.tokens[slice(*why.shown)]).strip() == question
             indicators.append(decided.indicator)
     assert len(set(indicators)) == 3
 
@@ -349,7 +376,7 @@ def wise(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def answers(base: Base, attached: Attached) -> dict[str, str]:
     """As they are printed."""
-    return {p: _printable(expected(base, p, attached).text) for p in (*EDITED, OTHER)}
+    return {p: printable(expected(base, p, attached).text) for p in (*EDITED, OTHER)}
 
 
 def test_lines_of_a_pipe_are_answered_in_turn(wise: Wise, side_memory: Path, answers: dict[str, str]) -> None:
@@ -370,19 +397,28 @@ def test_one_shot_questions(wise: Wise, side_memory: Path, answers: dict[str, st
 
 def test_the_plain_base_answers_without_a_side_memory(wise: Wise, tiny_model_dir: Path, base: Base) -> None:
     out, _ = wise("-m", tiny_model_dir, "-p", OTHER)
-    assert out == f"> {OTHER}\n{_printable(expected(base, OTHER).text)}\n"
+    assert out == f"> {OTHER}\n{printable(expected(base, OTHER).text)}\n"
 
 
 def test_commands_in_a_pipe(wise: Wise, side_memory: Path) -> None:
     lines = [EDITED[0], "/why", "/base", f"/base {OTHER}", "/what now", "/help", "/reset", "/quit", "never asked"]
     out, _ = wise("-s", side_memory, stdin="\n".join(lines))
-    assert "Side memory answered.\nThe key router: indicator 1.000, above the threshold 0.900.\n" in out
-    assert f"Nearest edit: e0: {EDITED[0]} ->  Paris" in out
+    [why] = re.findall(r"<s>the capital .*?no content\n", out, re.DOTALL)
+    text, bars, verdict, nearest, *_ = why.splitlines()
+    assert text == f"<s>{EDITED[0]}"
+    assert bars.startswith("···")
+    assert verdict == "side memory · indicator 1.000 > 0.900 · edit e0 · key router"
+    assert f"e0: {EDITED[0]} -> Paris" in nearest
     assert out.count("the unedited base\n") == 2
     assert "There is no command /what. Commands: /why, /base, /reset, /help, /quit." in out
     assert "/why    which memory" in out
     assert "A new conversation." in out
     assert "never asked" not in out
+
+
+def test_why_of_the_plain_base(wise: Wise, tiny_model_dir: Path) -> None:
+    out, _ = wise("-m", tiny_model_dir, stdin=f"{OTHER}\n/why\n")
+    assert out.endswith("The plain base answered: no side memory is attached.\n")
 
 
 def test_base_shows_the_unedited_answer(wise: Wise, side_memory: Path, tiny_model_dir: Path) -> None:
@@ -410,13 +446,14 @@ def test_json_is_one_object_per_answer(wise: Wise, side_memory: Path, base: Base
     assert other_base["base_answer"] == other["answer"] == expected(base, OTHER).text
     assert (edited_base["question"], edited_base["answer"]) == (EDITED[0], None)
     assert edited_base["base_answer"] == expected(base, EDITED[0]).text
-    assert "Main memory answered" in err
+    assert f"<s>{OTHER}\n" in err
+    assert "main memory · indicator" in err
     assert "There is no command /nothing" in err
     assert "/why    which memory" in err
 
 
 def test_numbers_that_json_lacks_are_null() -> None:
-    document = _document("q", "a", Explanation("key", 0, float("nan"), float("inf")))
+    document = _document("q", Turn("q", "a", Route(0, float("nan"), float("inf"))))
     assert (document["indicator"], document["epsilon"]) == (None, None)
 
 
@@ -492,7 +529,7 @@ def test_a_conversation_survives_interrupts_and_errors(
     assert "Ctrl-D or /quit leaves." in out
     assert "Nothing has been asked yet." in err
     assert "stopped" in out
-    assert f"{_printable(turn_of(session).answer)}\nside memory · indicator 1.000 > 0.900 · edit e0\n" in out
+    assert f"{printable(turn_of(session).answer)}\nside memory · indicator 1.000 > 0.900 · edit e0\n" in out
     assert typed == []
 
 
@@ -505,10 +542,10 @@ def test_history_lives_in_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_route_lines_number_several_memories() -> None:
-    why = Explanation("activation", 1, 12.3456, 10.0)
-    assert _route_line(why, 2) == "side memory 1 · indicator 12.346 > 10.000"
-    assert _route_line(replace(why, memory=None), 2) == "main memory · indicator 12.346 <= 10.000"
+    route = Route(1, 12.3456, 10.0)
+    assert route_line(route, None, 2) == "side memory 1 · indicator 12.346 > 10.000"
+    assert route_line(replace(route, memory=None), None, 2) == "main memory · indicator 12.346 <= 10.000"
 
 
 def test_an_answer_cannot_steer_the_terminal() -> None:
-    assert _printable("a\x1b[2J\tb\r\n\x9bc é 東") == "a\ufffd[2J\tb\ufffd\n\ufffdc é 東"
+    assert printable("a\x1b[2J\tb\r\n\x9bc é 東") == "a\ufffd[2J\tb\ufffd\n\ufffdc é 東"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from wisecli.memory.side_memory import SideMemory
     from wisecli.models.base import load_base
     from wisecli.routing.attach import attach
+    from wisecli.routing.explain import Explanation, explain
 
 _HOME = {
     "EditConfig": "wisecli.editing.config",
@@ -32,11 +33,13 @@ _HOME = {
     "EditRun": "wisecli.editing.run",
     "EditStream": "wisecli.data.stream",
     "EvalOptions": "wisecli.evaluation.evaluate",
+    "Explanation": "wisecli.routing.explain",
     "Probe": "wisecli.data.records",
     "RunFolder": "wisecli.memory.shard",
     "SideMemory": "wisecli.memory.side_memory",
     "attach": "wisecli.routing.attach",
     "evaluate": "wisecli.evaluation.evaluate",
+    "explain": "wisecli.routing.explain",
     "load_base": "wisecli.models.base",
     "merge_run": "wisecli.editing.merge",
     "read_edits": "wisecli.data.stream",
@@ -48,11 +51,13 @@ __all__ = [
     "EditRun",
     "EditStream",
     "EvalOptions",
+    "Explanation",
     "Probe",
     "RunFolder",
     "SideMemory",
     "attach",
     "evaluate",
+    "explain",
     "load_base",
     "merge_run",
     "read_edits",

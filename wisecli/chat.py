@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from wisecli.errors import InputError, UsageError
 from wisecli.evaluation.answers import GREEDY
 from wisecli.models.prompts import PromptEncoder, Row
+from wisecli.routing.explain import TOP, Explanation, explain_conversation
 
 if TYPE_CHECKING:
     from wisecli.memory.side_memory import EditEntry
@@ -41,7 +42,7 @@ class Turn:
     """A question and its answer.
 
     Attributes:
-        route: which memory answered and why; None without a side memory.
+        route: which memory answered and why; None without a side memory, or when stopped before it was decided.
         edit: the nearest edit, where the router names one; also when main memory answered.
         stopped: the answer was interrupted; it does not enter the conversation.
     """
@@ -51,25 +52,6 @@ class Turn:
     route: Route | None = None
     edit: EditEntry | None = None
     stopped: bool = False
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Why the last answer came from the memory it came from.
-
-    Attributes:
-        router: what decided, None when no side memory is attached.
-        memory: the memory that answered, None for main.
-        indicator: what the router measured on the prompt, above `epsilon` where a side memory answered; None when the
-            answer was stopped before that.
-        edit: the nearest edit, where the router names one.
-    """
-
-    router: str | None = None
-    memory: int | None = None
-    indicator: float | None = None
-    epsilon: float | None = None
-    edit: EditEntry | None = None
 
 
 class ChatSession:
@@ -122,16 +104,17 @@ class ChatSession:
         self._open = self._run(messages, unedited=True).pieces()
         return self._open
 
-    def explain(self) -> Explanation:
-        """Which memory answered the last turn, and why."""
+    def explain(self, top: int = TOP) -> Explanation | None:
+        """Why the last turn came from the memory it came from; None where its `route` is.
+
+        The prompt is run again up to the edit site; an answer still open is stopped first.
+        """
+        self._stop_open()
         if self.turn is None:
             raise InputError("Nothing has been asked yet.", hint="Ask a question first.")
-        if self.attached is None:
-            return Explanation()
-        name, route = self.attached.router.name, self.turn.route
-        if route is None:
-            return Explanation(router=name)
-        return Explanation(name, route.memory, route.indicator, route.epsilon, self.turn.edit)
+        if self.attached is None or self.turn.route is None:
+            return None
+        return explain_conversation(self.attached, self.encoder, self._asked, top)
 
     def reset(self) -> None:
         """Forget the conversation."""

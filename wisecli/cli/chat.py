@@ -6,7 +6,6 @@ At a terminal it is a conversation with a prompt; from a pipe each line is a que
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Generator, Iterable, Iterator
@@ -17,11 +16,12 @@ import typer
 
 from wisecli.cli import _options as opt
 from wisecli.cli._output import Output, figure
+from wisecli.cli._why import printable, route_line, show_explanation, show_legend
 from wisecli.errors import InputError, WiseError
 
 if TYPE_CHECKING:
-    from wisecli.chat import ChatSession, Explanation
-    from wisecli.memory.side_memory import EditEntry, SideMemory
+    from wisecli.chat import ChatSession, Turn
+    from wisecli.memory.side_memory import SideMemory
     from wisecli.models.base import Base
 
 _COMMANDS = {
@@ -42,6 +42,7 @@ def chat(
         list[str] | None, typer.Option("--prompt", "-p", help="Ask this and leave; can be given several times.")
     ] = None,
     router: opt.RouterName = None,
+    scope: opt.Scope = None,
     template: Annotated[
         bool | None,
         typer.Option(
@@ -76,7 +77,7 @@ def chat(
             base = opt.base_of(sm.base if sm else {}, model, revision, dtype, device, trust_remote_code)
             attached = None
             if sm is not None:
-                attached = attach(base.model, sm, router=router, allow_other_base=allow_other_base)
+                attached = attach(base.model, sm, router=router, scope=scope, allow_other_base=allow_other_base)
                 until_the_end.enter_context(attached)
             session = ChatSession(
                 base,
@@ -111,7 +112,7 @@ def _talk(sink: Output, session: ChatSession, questions: list[str], side_memory:
         if sys.stdin.isatty():
             sink.note("One question per line; Ctrl-D ends.", style="dim")
         dialogue = Dialogue(sink, session, echo=True)
-        for line in _lines(sys.stdin):
+        for line in lines_of(sys.stdin, "questions"):
             if not dialogue.handle(line):
                 break
 
@@ -136,7 +137,7 @@ class Dialogue:
             if line:
                 self.ask(line)
         elif name == "/why":
-            self._note(*_in_words(self.session.explain(), self._memories()))
+            self.why()
         elif name == "/base":
             self.ask_base(rest.strip() or None)
         elif name == "/reset":
@@ -154,21 +155,30 @@ class Dialogue:
         turn = self.session.turn
         if turn is None:
             return
-        why = self.session.explain()
-        if why.indicator is not None:
-            self._dim(_route_line(why, self._memories()))
-        self.sink.result(_document(question, turn.answer, why))
+        if turn.route is not None:
+            self._dim(route_line(turn.route, turn.edit, self._memories()))
+        self.sink.result(_document(question, turn))
 
     def ask_base(self, question: str | None) -> None:
         """Ask the unedited model; the conversation goes on as if it had not been asked."""
         turn = self.session.turn
         text = self._stream(question or (turn.question if turn else ""), self.session.ask_base(question))
         self._dim("the unedited base")
-        if question is None and turn is not None:
-            document = _document(turn.question, turn.answer, self.session.explain())
-        else:
-            document = _document(question, None, None)
+        again = turn if question is None else None
+        document = _document(again.question if again else question, again)
         self.sink.result(document | {"base_answer": text})
+
+    def why(self) -> None:
+        """Explain the last answer; on stderr where stdout is JSON."""
+        why = self.session.explain()
+        if why is not None:
+            console = self.sink.out if self.sink.human else self.sink.err
+            show_explanation(console, why)
+            show_legend(console, why)
+        elif self.session.attached is None:
+            self._note("The plain base answered: no side memory is attached.")
+        else:
+            self._note("The answer was stopped before a memory was chosen.")
 
     def _stream(self, question: str, pieces: Generator[str]) -> str:
         """Show an answer as it comes and return it."""
@@ -188,7 +198,7 @@ class Dialogue:
 
     def _write(self, text: str) -> None:
         if self.sink.human:
-            self.sink.out.out(_printable(text), end="", highlight=False)
+            self.sink.out.out(printable(text), end="", highlight=False)
 
     def _dim(self, text: str) -> None:
         self.sink.line(text, style="dim")
@@ -197,7 +207,7 @@ class Dialogue:
         """Lines for people, on stderr where stdout is JSON."""
         for line in lines:
             show = self.sink.line if self.sink.human else self.sink.note
-            show(_printable(line))
+            show(printable(line))
 
 
 def _banner(sink: Output, session: ChatSession, side_memory: Path | None) -> None:
@@ -259,63 +269,21 @@ def _history_path() -> Path:
     return (Path(state) if Path(state).is_absolute() else Path.home() / ".local" / "state") / "wise" / "history"
 
 
-def _lines(stream: Iterable[str]) -> Iterator[str]:
+def lines_of(stream: Iterable[str], what: str) -> Iterator[str]:
+    """The lines of stdin, which hold `what`."""
     try:
         yield from stream
     except UnicodeDecodeError as e:
-        raise InputError("The questions on stdin are not UTF-8 text.") from e
+        raise InputError(f"The {what} on stdin are not UTF-8 text.") from e
 
 
-def _which(why: Explanation, memories: int) -> str:
-    """The memory that answered; with its number where there are several."""
-    if why.memory is None:
-        return "main memory"
-    return f"side memory {why.memory}" if memories > 1 else "side memory"
-
-
-def _route_line(why: Explanation, memories: int) -> str:
-    """`side memory · indicator 0.982 > 0.611 · edit demo-012`."""
-    sign = "<=" if why.memory is None else ">"
-    line = f"{_which(why, memories)} · indicator {figure(why.indicator)} {sign} {figure(why.epsilon)}"
-    return f"{line} · edit {why.edit.id}" if why.edit and why.memory is not None else line
-
-
-def _in_words(why: Explanation, memories: int) -> list[str]:
-    if why.router is None:
-        return ["The plain base answered: no side memory is attached."]
-    if why.indicator is None:
-        return ["The answer was stopped before a memory was chosen."]
-    verdict = "not above" if why.memory is None else "above"
-    lines = [
-        f"{_which(why, memories).capitalize()} answered.",
-        f"The {why.router} router: indicator {figure(why.indicator)}, {verdict} the threshold {figure(why.epsilon)}.",
-    ]
-    if why.edit is None:
-        return [*lines, "This router names no single edit."]
-    return [*lines, f"Nearest edit: {_edit_line(why.edit)}"]
-
-
-def _edit_line(edit: EditEntry) -> str:
-    texts = f"{edit.prompt} -> {edit.target}" if edit.prompt is not None else "(its texts were left out)"
-    return f"{edit.id}: {texts}" + ("" if edit.took else " (did not take)")
-
-
-def _document(question: str | None, answer: str | None, why: Explanation | None) -> dict[str, Any]:
-    edit = why.edit if why else None
+def _document(question: str | None, turn: Turn | None) -> dict[str, Any]:
+    """One answer as JSON; without a turn there was none but the base's."""
+    route = turn.route.to_json() if turn and turn.route else {}
+    edit = turn.edit if turn else None
     return {
         "question": question,
-        "answer": answer,
-        "memory": why.memory if why else None,
-        "indicator": _finite(why.indicator) if why else None,
-        "epsilon": _finite(why.epsilon) if why else None,
+        "answer": turn.answer if turn else None,
+        **{name: route.get(name) for name in ("memory", "indicator", "epsilon")},
         "edit": {"id": edit.id, "prompt": edit.prompt, "target": edit.target} if edit else None,
     }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _printable(text: str) -> str:
-    """Text that cannot steer a terminal: control characters but line breaks and tabs become a replacement character."""
-    return "".join("\ufffd" if (c < " " and c not in "\n\t") or "\x7f" <= c < "\xa0" else c for c in text)
