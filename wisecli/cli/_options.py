@@ -28,8 +28,26 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, 
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")]
 RouterName = Annotated[str | None, typer.Option("--router", help="key or activation; default: the side memory's own.")]
+Scope = Annotated[
+    str | None,
+    typer.Option("--scope", help="How much the key router claims: narrow, balanced or wide. Default: as merged."),
+]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Attach although the base is not the one it was learned on.")
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Render prompts with the base's chat template. Default: if it has one.",
+        show_default=False,
+    ),
+]
+Pool = Annotated[
+    Path | None,
+    typer.Option(
+        "--pool", help="More ordinary prompts to calibrate on, one per line; tabs between wordings of one question."
+    ),
 ]
 SideMemoryFile = Annotated[
     Path | None,
@@ -69,3 +87,42 @@ def edit_config(
         chat=bool(getattr(base.tokenizer, "chat_template", None)) if chat is None else chat,
         **settings,
     )
+
+
+def run_settings(ctx: typer.Context, path: Path | None, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How to load the base, and the settings of the run: a config file's, but for options given on the command line.
+
+    Wrong settings are refused here, before a base is loaded. A revision belongs to the file's model, a module to its
+    layer: it is dropped where another model or layer is given.
+
+    Args:
+        ctx: of the command.
+        path: the config file, if any.
+        options: all of the command's, with their defaults; `model`, `revision` and `dtype` among them.
+    """
+    from wisecli.editing.config import EditConfig
+    from wisecli.editing.config_file import ConfigFile
+
+    file = ConfigFile.read(path) if path is not None else ConfigFile()
+    sources = {name: ctx.get_parameter_source(name) for name in options}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    dropped = {belongs for name, belongs in (("model", "revision"), ("layer", "module")) if name in given}
+    said = {k: v for k, v in {**file.base, **file.settings}.items() if k not in given | dropped}
+    settings = options | said
+    loading = {k: settings.pop(k) for k in ("model", "revision", "dtype")}
+    EditConfig(**{k: v for k, v in settings.items() if v is not None})
+    return loading, settings
+
+
+def read_pool(path: Path | None) -> list[str]:
+    """Lines of a user's own pool; none without a file."""
+    if path is None:
+        return []
+    from wisecli.errors import InputError
+
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(
+            f"Cannot read the pool {path}: {e}.", hint="Give a UTF-8 text file, one prompt per line."
+        ) from e

@@ -10,11 +10,13 @@ import typer
 from wisecli.cli._errors import guarded
 from wisecli.cli.chat import chat
 from wisecli.cli.compare import compare
+from wisecli.cli.doctor import doctor
 from wisecli.cli.edit import edit
 from wisecli.cli.eval import evaluate
 from wisecli.cli.merge import merge
 from wisecli.cli.package import package
 from wisecli.cli.report import report
+from wisecli.cli.route import route
 
 app = typer.Typer(
     name="wise",
@@ -44,6 +46,7 @@ def root(
     pass
 
 
+app.command("doctor")(doctor)
 app.command("edit")(edit)
 app.command("merge")(merge)
 app.command("package")(package)
@@ -51,6 +54,7 @@ app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("compare")(compare)
 app.command("chat")(chat)
+app.command("route")(route)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ _SHOWN_FAILURES = 10
 
 
 def edit(
+    ctx: typer.Context,
     edits: Annotated[str, typer.Argument(metavar="EDITS", help="JSONL or JSON file of edits, or a dataset's name.")],
     model: opt.Model = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards.")] = Path("shards"),
@@ -36,15 +38,12 @@ def edit(
     ] = 70,
     lr: Annotated[float | None, typer.Option(help="Step size; default: the schedule's own.")] = None,
     contexts: Annotated[int, typer.Option(help="Short sentences put before each prompt while learning.")] = 3,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat",
-            help="Render prompts with the base's chat template. Default: if it has one.",
-            show_default=False,
-        ),
+    chat: opt.Chat = None,
+    pool: opt.Pool = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Settings from wise doctor; options given here go before them."),
     ] = None,
-    pool: Annotated[Path | None, typer.Option(help="More ordinary prompts to calibrate on, one per line.")] = None,
     block: Annotated[int, typer.Option(help="Edits that arrive and are learned together.")] = 10,
     limit: Annotated[int | None, typer.Option(help="Learn only the first N edits.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of masks, contexts and minibatches.")] = 0,
@@ -70,33 +69,37 @@ def edit(
 
         located, stream = read_dataset(edits, limit)
         _report_clashes(sink, stream)
-        more = _read_pool(pool)
+        more = opt.read_pool(pool)
+        loading, settings = opt.run_settings(
+            ctx,
+            config,
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            layer=layer if layer == "auto" else _number(layer),
+            module=module,
+            shards=shards,
+            mask_density=mask_density,
+            seed=seed,
+            schedule=schedule,
+            contexts=contexts,
+            chat=chat,
+            block=block,
+            max_steps=max_steps,
+            lr=lr,
+        )
         ensure_writable(out)
-        from wisecli.editing.config import EditConfig
-
-        settings: dict[str, Any] = {
-            "layer": layer if layer == "auto" else _number(layer),
-            "module": module,
-            "mask_density": mask_density,
-            "seed": seed,
-            "schedule": schedule,
-            "contexts": contexts,
-            "block": block,
-            "max_steps": max_steps,
-            "lr": lr,
-        }
-        EditConfig(**settings, shards=shards or 1)  # refuse wrong settings before a base is loaded
         from wisecli.editing.run import EditRun
         from wisecli.models.base import load_base
 
-        base = load_base(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        config = opt.edit_config(stream, base, shards=shards, chat=chat, **settings)
-        run = EditRun(base, stream, config, out, extra_pool=more, texts=texts)
+        base = load_base(loading.pop("model"), **loading, device=device, trust_remote_code=trust_remote_code)
+        run = EditRun(base, stream, opt.edit_config(stream, base, **settings), out, extra_pool=more, texts=texts)
         _introduce(sink, run, located.path)
         entries = _learn(sink, run)
-        _summarise(sink, entries, verbose)
+        alike = run.settled[1].alike
+        _summarise(sink, entries, alike, verbose)
         sink.line(f"Wrote {out}. Next:", command=f"wise merge {out} -o sm.safetensors")
-        sink.result(_document(run, entries, out), str(out))
+        sink.result(_document(run, entries, alike, out), str(out))
 
 
 def _number(layer: str) -> int:
@@ -106,19 +109,6 @@ def _number(layer: str) -> int:
         return int(layer)
     except ValueError:
         raise UsageError(f"--layer must be auto or a number, not {layer!r}.") from None
-
-
-def _read_pool(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    from wisecli.errors import InputError
-
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(
-            f"Cannot read the pool {path}: {e}.", hint="Give a UTF-8 text file, one prompt per line."
-        ) from e
 
 
 def _report_clashes(sink: Output, stream: EditStream) -> None:
@@ -156,7 +146,7 @@ def _learn(sink: Output, run: EditRun) -> list[dict[str, Any]]:
     return entries
 
 
-def _summarise(sink: Output, entries: list[dict[str, Any]], verbose: bool) -> None:
+def _summarise(sink: Output, entries: list[dict[str, Any]], alike: Sequence[tuple[str, str]], verbose: bool) -> None:
     rows = []
     for shard in sorted({e["shard"] for e in entries}):
         mine = [e for e in entries if e["shard"] == shard]
@@ -164,6 +154,7 @@ def _summarise(sink: Output, entries: list[dict[str, Any]], verbose: bool) -> No
         steps = median(e["steps"] for e in mine)
         rows.append((str(shard), str(len(mine)), *(str(c) for c in count.values()), figure(steps, 0)))
     sink.table("Edits", ("shard", "edits", "took", "did not take", "superseded", "steps (median)"), rows)
+    _say_conflicts(sink, entries, alike)
     failed = [e for e in entries if e["outcome"] == "failed"]
     shown = entries if verbose else failed[:_SHOWN_FAILURES]
     if shown:
@@ -176,11 +167,27 @@ def _summarise(sink: Output, entries: list[dict[str, Any]], verbose: bool) -> No
         sink.warn(f"none of the {len(failed)} edits took; delete the shards and try --lr or --max-steps")
 
 
+def _say_conflicts(sink: Output, entries: list[dict[str, Any]], alike: Sequence[tuple[str, str]]) -> None:
+    """Edits that ask for the same fact: which ones a later edit replaced, and which were all learned."""
+    named = {e["id"]: short(e.get("prompt") or e["id"]) for e in entries}
+    pairs = [(e["id"], e["by"], "replaced by the later one") for e in entries if e.get("by")]
+    pairs += [(a, b, "both learned; the gate can hardly tell them apart") for a, b in alike]
+    rows = [(a, named.get(a, a), b, named.get(b, b), what) for a, b, what in pairs]
+    if rows:
+        sink.table(
+            "Edits that ask for the same", ("edit", "prompt", "later", "prompt", ""), rows[:_SHOWN_FAILURES], left=5
+        )
+    if len(rows) > _SHOWN_FAILURES:
+        sink.line(f"... and {len(rows) - _SHOWN_FAILURES} more such pairs; --json lists all.")
+
+
 def _line(e: dict[str, Any]) -> tuple[str, ...]:
     return e["id"], short(e.get("prompt", "")), short(e.get("target", ""), 30), e["outcome"], str(e["steps"])
 
 
-def _document(run: EditRun, entries: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+def _document(
+    run: EditRun, entries: list[dict[str, Any]], alike: Sequence[tuple[str, str]], out: Path
+) -> dict[str, Any]:
     return {
         "out": str(out),
         "base": run.folder.run["base"],
@@ -190,4 +197,5 @@ def _document(run: EditRun, entries: list[dict[str, Any]], out: Path) -> dict[st
         "took": sum(e["outcome"] == "took" for e in entries),
         "failed": sum(e["outcome"] == "failed" for e in entries),
         "superseded": sum(e["outcome"] == "superseded" for e in entries),
+        "alike": [list(pair) for pair in alike],
     }

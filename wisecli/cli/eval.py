@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +35,7 @@ def evaluate(
     ] = None,
     png: Annotated[bool, typer.Option("--png", help="Also write every plot as PNG, beside the results.")] = False,
     router: opt.RouterName = None,
+    scope: opt.Scope = None,
     open_gate: Annotated[
         bool, typer.Option("--open-gate/--no-open-gate", help="Also ask what the gate kept out, with the gate open.")
     ] = True,
@@ -104,12 +105,17 @@ def evaluate(
     sink = Output(json, quiet)
     with sink.running():
         from wisecli.data.datasets import read_dataset
+        from wisecli.memory.calibration import check_scope
 
+        if scope is not None:
+            check_scope(scope)
         settings = {"schedule": schedule, "shards": shards, "block": block, "seed": seed}
+        has_scope = learn and protocol != "wilke"
         learning = _Learning.of(learn, protocol, t, side_memory, out, harness, settings)
         _refuse_idle(
             [
                 ("--router", router is not None, side_memory is not None or learning is not None, "a side memory"),
+                ("--scope", scope is not None, side_memory is not None or has_scope, "a side memory"),
                 ("--allow-other-base", allow_other_base, side_memory is not None, "--side-memory"),
                 ("--harness-limit", harness_limit is not None, harness is not None, "--harness"),
                 ("--harness-include", harness_include is not None, harness is not None, "--harness"),
@@ -131,12 +137,14 @@ def evaluate(
         from wisecli.routing.attach import side_memory_file
 
         sm = SideMemory.load(side_memory_file(side_memory)) if side_memory else None
+        if sm is not None and scope is not None:
+            sm = replace(sm, router=router or sm.router).scoped(scope)
         base = opt.base_of(sm.base if sm else {}, model, revision, dtype, device, trust_remote_code)
         _warn_endless(sink, base)
         if learning is None:
             run = _existing(sink, base, stream, sm, options, allow_other_base)
         else:
-            run = _ask(sink, learning.run(base, stream, options))
+            run = _ask(sink, learning.run(base, stream, options, scope))
             sm = SideMemory.load(learning.side_memory) if harness is not None else None
         report = run.report
         written.save(report)
@@ -205,17 +213,20 @@ class _Learning:
         """Where the side memory that was learned lies."""
         return (self.out or Path()) / "sm.safetensors"
 
-    def run(self, base: Base, stream: EditStream, options: EvalOptions) -> Any:
+    def run(self, base: Base, stream: EditStream, options: EvalOptions, scope: str | None = None) -> Any:
         """The evaluation, ready to go."""
+        from wisecli.editing.merge import MergeConfig
         from wisecli.evaluation.protocols import RollbackEvaluation, StreamEvaluation
         from wisecli.evaluation.wilke import WilkeEvaluation
+        from wisecli.memory.calibration import DEFAULT_SCOPE
 
         config = opt.edit_config(stream, base, **{"shards": None, **self.settings})
+        how = MergeConfig(scope=scope or DEFAULT_SCOPE)
         if self.sizes:
-            return RollbackEvaluation(base, stream, config, self.sizes, options=options)
+            return RollbackEvaluation(base, stream, config, self.sizes, how=how, options=options)
         if self.protocol == "wilke" or self.out is None:
             return WilkeEvaluation(base, stream, config, options)
-        return StreamEvaluation(base, stream, config, self.out, self.protocol, options=options)
+        return StreamEvaluation(base, stream, config, self.out, self.protocol, how=how, options=options)
 
 
 def _sizes(t: str | None) -> tuple[int, ...]:

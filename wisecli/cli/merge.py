@@ -26,6 +26,9 @@ def merge(
     rehearse: Annotated[
         bool, typer.Option("--rehearse/--no-rehearse", help="Restore edits that merging disturbed.")
     ] = True,
+    scope: Annotated[
+        str, typer.Option(help="How much the key router claims: narrow, balanced or wide; can be changed at run time.")
+    ] = "balanced",
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -48,18 +51,21 @@ def merge(
     """
     sink = Output(json, quiet)
     with sink.running():
+        from wisecli.memory.calibration import check_scope
         from wisecli.memory.files import ensure_writable
         from wisecli.memory.shard import RunFolder
 
         run = RunFolder.open(shards)
         factors = _weights(weights)
+        check_scope(scope)
         ensure_writable(out.parent)
         from wisecli.editing.merge import merge_run
 
         base = None
         if calibrate:
             base = opt.base_of(run.run["base"], model, revision, dtype, device, trust_remote_code)
-        side_memory = merge_run(run, method=method, density=density, weights=factors, base=base, rehearse=rehearse)
+        how = {"method": method, "density": density, "weights": factors, "rehearse": rehearse, "scope": scope}
+        side_memory = merge_run(run, base=base, **how)
         side_memory.save(out)
         _warn_open(sink, side_memory)
         memory = side_memory.memories[0]
@@ -72,6 +78,7 @@ def merge(
                     "delta",
                     f"density {figure(memory.delta.density)} of {memory.delta.shape[0]} x {memory.delta.shape[1]}",
                 ),
+                ("scope", _scope(side_memory)),
                 ("thresholds", ", ".join(f"{k} {figure(v)}" for k, v in memory.epsilon.items())),
                 ("router", side_memory.router),
             ]
@@ -81,6 +88,15 @@ def merge(
             command=f"wise chat --side-memory {out}",
         )
         sink.result({"out": str(out), "bytes": out.stat().st_size, "manifest": side_memory.manifest()}, str(out))
+
+
+def _scope(side_memory: SideMemory) -> str:
+    """What the chosen scope lets pass, as measured while calibrating."""
+    statistics = side_memory.statistics["key"]
+    rates = statistics["scopes"][statistics["scope"]]
+    shares = [("near", rates["near_opened"]), ("ordinary", rates["ordinary_opened"])]
+    said = ", ".join(f"{figure(share)} of {name} pool prompts" for name, share in shares if share is not None)
+    return f"{statistics['scope']}: lets {said} through" if said else statistics["scope"]
 
 
 def _warn_open(sink: Output, side_memory: SideMemory) -> None:
