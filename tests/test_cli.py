@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CHAT_TEMPLATE, build_model, build_tokenizer
+from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, few_pool_prompts
 
 import wisecli.cli.app as application
 from wisecli.cli._errors import guarded
@@ -25,7 +25,6 @@ from wisecli.cli._output import Output, short
 from wisecli.cli.app import main
 from wisecli.cli.eval import _warn_endless
 from wisecli.cli.merge import _warn_open
-from wisecli.data.pool import ordinary_prompts
 from wisecli.data.stream import read_edits
 from wisecli.errors import InputError, OutputError
 
@@ -63,7 +62,18 @@ def _timed(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - start, done.stderr
 
 
-@pytest.mark.parametrize("command", ["edit", "merge", "package", "eval", "report", "compare", "chat"])
+COMMANDS = ("doctor", "edit", "merge", "package", "eval", "report", "compare", "chat", "route")
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    listed = [line.strip(" │|").split(" ")[0] for line in out.splitlines()]
+    assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
+    assert [c.name for c in application.app.registered_commands] == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -396,10 +406,9 @@ QUICK = ("--no-ability", "--device", "cpu")
 
 @pytest.fixture
 def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A dataset of four edits; the cache is in a folder of the test, and a few ordinary prompts whiten the base."""
+    """A dataset of four edits; the cache is in a folder of the test, and a few prompts are the pool."""
     monkeypatch.setenv("WISE_CACHE", str(tmp_path / "cache"))
-    for module in ("editor", "merge"):
-        monkeypatch.setattr(f"wisecli.editing.{module}.ordinary_prompts", lambda: ordinary_prompts()[:48])
+    few_pool_prompts(monkeypatch)
     path = tmp_path / "few.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in TINY))
     return path
@@ -461,8 +470,7 @@ def learned(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     path.write_text("".join(json.dumps(r) + "\n" for r in TINY))
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("WISE_CACHE", str(folder / "cache"))
-        for module in ("editor", "merge"):
-            patched.setattr(f"wisecli.editing.{module}.ordinary_prompts", lambda: ordinary_prompts()[:48])
+        few_pool_prompts(patched)
         argv = ["eval", "-d", path, "-m", tiny_model_dir, *QUICK, "--learn", "-o", folder / "out", "-q"]
         assert main([str(a) for a in argv]) == 0
     return folder

@@ -16,6 +16,7 @@ STAGES = [
     ("editing",),
     ("routing",),
     ("evaluation",),
+    ("doctor",),
     ("report", "harness"),
     ("card", "chat"),
     ("packaging",),

@@ -153,7 +153,7 @@ def _contents(sm: SideMemory, ledger: bool) -> str:
         name = "Delta" if len(sm.memories) == 1 else f"Delta {i}"
         dtype = str(m.delta.values.dtype).removeprefix("torch.")
         rows.append((name, f"{m.delta.values.numel()} values, density {m.delta.density:.3f}, {dtype}"))
-    rows.append(("Edit keys", f"{len(sm.keys.owner)} of {sm.keys.whitening.rank} numbers"))
+    rows.append(("Edit keys", f"{len(sm.keys.owner)} of {sm.keys.space.rank} numbers"))
     ledger_line = "`ledger.jsonl` lists every edit." if ledger else "The ledger was left out."
     return f"## Contents\n\n{_table(('', ''), rows)}\n\n{ledger_line} {_texts(sm)}"
 
