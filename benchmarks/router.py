@@ -165,7 +165,7 @@ def score_keys(
 def fit_space(h: Tensor, group: Tensor, r: Reading) -> KeySpace:
     """The key space of a reading; without groups `KeySpace` whitens."""
     if r.space == "centred":
-        return KeySpace(h.mean(0).half(), torch.eye(h.shape[1]).half())
+        return KeySpace(h.mean(0).half(), torch.eye(h.shape[1]).half(), torch.ones(1))
     return KeySpace.fit(h, group if r.space == "fisher" else torch.full_like(group, ALONE), r.rank)
 
 

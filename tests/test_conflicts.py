@@ -44,8 +44,8 @@ def slow_conflicts(
         decided = None
         for j in range(i + 1, len(records)):
             other = records[j]
-            cosine = float(v[i] @ v[j])
-            if min(cosine - SHARE * float(crowded[j]), cosine - SHARE * float(crowded[i])) <= bar:
+            close = 1 - float((v[i] - v[j]).norm()) / 2**0.5
+            if min(close - SHARE * float(crowded[j]), close - SHARE * float(crowded[i])) <= bar:
                 continue
             if one.subject and other.subject:
                 same = one.subject.lower() == other.subject.lower()
@@ -134,7 +134,7 @@ def seeing(editor: Editor, asks: Mapping[str, int]) -> Gate:
     h = editor.upper.entries([editor.encoder.prompt(p) for p in asks]).double()
     unit = torch.nn.functional.one_hot(torch.tensor(list(asks.values())), CONFIG.rank).double()
     centre = torch.zeros(h.shape[1])
-    space = KeySpace(centre.half(), (torch.linalg.pinv(h) @ unit).half())
+    space = KeySpace(centre.half(), (torch.linalg.pinv(h) @ unit).half(), torch.ones(1))
     vectors = space(h)
     assert float((vectors @ vectors.T - (unit @ unit.T)).abs().max()) < 0.1
     pool = torch.eye(CONFIG.rank)[-1:].repeat(len(editor.pool.prompts), 1).half()

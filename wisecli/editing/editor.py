@@ -28,7 +28,7 @@ from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
 from wisecli.editing.rewording import Rewording
 from wisecli.memory.bits import SparseDelta, draw_mask
-from wisecli.memory.keys import crowding
+from wisecli.memory.keys import alike, crowding
 from wisecli.memory.shard import FORMAT_VERSION, RUN_FORMAT, Gate, Shard
 from wisecli.models.base import Base, fingerprint
 from wisecli.models.prompts import PromptEncoder
@@ -36,7 +36,7 @@ from wisecli.models.site import find_site
 from wisecli.models.upper import UpperModel
 from wisecli.versions import versions
 
-KINDRED = 0.4  # cosine from which a pool fact is of an edit's kind; facts of other kinds seldom come so close
+KINDRED = 0.3  # how alike a pool fact of an edit's kind must be to it; nine in ten find one of their kind so close
 TOOK, FAILED, SUPERSEDED = "took", "failed", "superseded"
 
 
@@ -81,7 +81,7 @@ class Editor:
         return Rewording.measure(self.upper) if self.config.rewording else None
 
     def vectors(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors [n, r] (fp16) of prompts in the key space; a prompt seen before is not run again."""
+        """Vectors [n, r] (fp16) of prompts in the key space; a prompt seen before is not run again."""
         new = [p for p in dict.fromkeys(prompts) if p not in self._vectors]
         if new:
             vectors = self.gate.space(self.upper.entries([self.encoder.prompt(p) for p in new])).half().cpu()
@@ -106,8 +106,8 @@ class Editor:
         if not facts or not records:
             return [None] * len(records)
         vectors = self.gate.pool[[place[f.prompts[0]] for f in facts]].float()
-        best, at = (self.vectors([r.prompt for r in records]).float() @ vectors.T).max(1)
-        return [facts[i] if cosine > KINDRED else None for cosine, i in zip(best.tolist(), at.tolist(), strict=True)]
+        best, at = alike(self.vectors([r.prompt for r in records]).float(), vectors).max(1)
+        return [facts[i] if near > KINDRED else None for near, i in zip(best.tolist(), at.tolist(), strict=True)]
 
     def conflicts(self, records: Sequence[EditRecord]) -> Conflicts:
         """Which of these records ask for the same fact in other words, as the gate sees it."""

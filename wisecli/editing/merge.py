@@ -160,7 +160,9 @@ def _settle(
     captured = _capture(upper, config, entries)
     if captured and how.rehearse and config.schedule == "rehearsal":
         learner = Rehearsal(upper, merged != 0, config, config.seed, start=merged)
-        steps = sum(o.steps for o in learner.hold(captured))
+        took = {e.id: e.took for e in entries}
+        failed = [i for i, c in enumerate(captured) if not took[c.record.id]]
+        steps = sum(o.steps for o in learner.hold(captured, failed))
         merged = learner.result().cpu()
     delta = SparseDelta.pack(merged, dtype=how.values)
     return delta, _asked_again(upper, captured, delta.dense(), entries), steps

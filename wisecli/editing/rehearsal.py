@@ -3,8 +3,9 @@
 The published algorithm learns one edit after the other with SGD and forgets inside a shard. Here each edit's frozen
 activations are captured once; when a block of edits arrives, every step mixes its rows with rows of earlier edits,
 those least well held first. Only entries inside the shard's mask ever move. Learning stops when every row of the shard
-holds: when each of its target tokens has at least the wanted probability. An edit that never comes right is set
-aside after a while, so that it does not bend the delta at the others' cost.
+holds: when each of its target tokens has at least the wanted probability. An edit that does not hold after far more
+steps than the others took is set aside: what it did to the delta is taken back, and the rest goes on without it. At the
+end it is tried once more, and taken back again if that fails, so that it bends the delta at nobody's cost.
 
 Three choices carry edits over to other wordings: plain SGD with momentum, which keeps the delta in the span of the
 activations it saw; dropout on those activations, which makes it rest on many of them; and moving them as other wordings
@@ -33,8 +34,8 @@ _SWEEP, _SWEEP_TOKENS = 128, 8192  # rows and tokens per batch at most when noth
 _ROUND = 6  # least number of steps between two sweeps
 _SWEPT = 0.3  # steps between two sweeps at least, per step's worth of rows swept: else sweeps outweigh steps
 _SHORT = 8  # tokens of a target up to which the loss is a plain mean over all tokens of a step
-_PATIENCE = 5  # sweeps without a new best before practising is given up
-_HOPELESS = 4  # times `max_steps` that an edit is practised before one that never came right is set aside
+_HARDER = 2  # times as many steps as the usual edit needs after which one counts as harder than the others
+_LATE = 30  # edits at least whose steps those set aside are given in the end
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Rehearsal:
         self.owner: list[int] = []
         self.worst = torch.empty(0)
         self.right = torch.empty(0, dtype=torch.bool)
+        self.held_at = torch.empty(0)
+        self.aside = torch.empty(0, dtype=torch.bool)
         self.steps: list[int] = []
         self.firsts: list[int] = []
 
@@ -101,20 +104,32 @@ class Rehearsal:
             yield at + len(block)
         return self._finish()
 
-    def hold(self, edits: Sequence[CapturedEdit]) -> list[Outcome]:
-        """Practise edits that were learned before, until each holds or the cap is reached."""
+    def hold(self, edits: Sequence[CapturedEdit], failed: Sequence[int] = ()) -> list[Outcome]:
+        """Practise edits that were learned before, until each holds or the cap is reached.
+
+        Args:
+            edits: all of them.
+            failed: positions of those that did not take; unless most did not, they are tried last.
+        """
         self._admit(edits)
+        if 2 * len(failed) < len(edits):
+            self.aside[list(failed)] = True
         return self._finish()
 
     def arrive(self, block: Sequence[CapturedEdit]) -> None:
         """Learn edits that arrive together, keeping the earlier ones alive."""
+        before = self._state()
         first = self._admit(block)
         self._practise(first, len(self.rows), first)
+        if self._set_aside(range(len(self.steps) - len(block), len(self.steps))):
+            self._restore(before)
+            self.worst[first:] = torch.inf
+            self._practise(first, len(self.rows), first)
 
     def replace(self, i: int, edit: CapturedEdit) -> None:
         """Learn an edit in the place of the i-th, which it contradicts: that one is no longer rehearsed."""
         self._put(i, edit.rows)
-        self.steps[i] = 0
+        self.steps[i], self.held_at[i], self.aside[i] = 0, torch.inf, False
         first = self.firsts[i]
         self._practise(first, first + len(edit.rows), len(self.rows))
 
@@ -122,6 +137,7 @@ class Rehearsal:
         """Rehearse the i-th edit no longer; those behind it move up."""
         self._put(i, ())
         del self.firsts[i], self.steps[i]
+        self.held_at, self.aside = (torch.cat([t[:i], t[i + 1 :]]) for t in (self.held_at, self.aside))
         self.owner = [o - (o > i) for o in self.owner]
 
     def outcomes(self) -> list[Outcome]:
@@ -136,9 +152,42 @@ class Rehearsal:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> list[Outcome]:
-        self._consolidate(cap=math.ceil(self.config.max_steps * len(self.steps) / 10))
+        self._consolidate(len(self.steps))
+        late = self.aside.nonzero()[:, 0].tolist()
+        if late:
+            before = self._state()
+            self.aside[late] = False
+            self._consolidate(max(_LATE, len(late)))
+            self._sweep(range(len(self.rows)))
+            wrong = [i for i in late if not self.right[self.firsts[i]]]
+            if wrong:
+                self._restore(before)
+                self.aside[wrong] = True
+                self._consolidate(len(late))
         self._sweep(range(len(self.rows)))
         return self.outcomes()
+
+    def _state(self) -> tuple[Tensor, ...]:
+        """Delta and momentum as they are, to go back to."""
+        momentum = self.optimiser.state[self.delta].get("momentum_buffer")
+        return tuple(t.detach().clone() for t in (self.delta, momentum) if t is not None)
+
+    @torch.no_grad()
+    def _restore(self, state: tuple[Tensor, ...]) -> None:
+        self.delta.copy_(state[0])
+        self.optimiser.state[self.delta].clear()
+        if len(state) > 1:
+            self.optimiser.state[self.delta]["momentum_buffer"] = state[1].clone()
+
+    def _set_aside(self, edits: Sequence[int]) -> bool:
+        """Set those of these edits aside that are harder than the others; whether there were any.
+
+        Where most edits do not hold, as with very long targets, none is harder than the others.
+        """
+        usual = float(self.held_at.quantile(0.5, interpolation="higher"))
+        hard = [i for i in edits if self.held_at[i].isinf() and self.steps[i] >= _HARDER * usual]
+        self.aside[hard] = True
+        return bool(hard)
 
     def _admit(self, edits: Sequence[CapturedEdit]) -> int:
         """Take rows in as not yet held; returns the index of the first."""
@@ -151,20 +200,26 @@ class Rehearsal:
             self.rows += edit.rows
             self.owner += [len(self.steps) - 1] * len(edit.rows)
         new = torch.full((len(self.rows) - first,), torch.inf)
+        self.held_at = torch.cat([self.held_at, torch.full((len(edits),), torch.inf)])
+        self.aside = torch.cat([self.aside, torch.zeros(len(edits), dtype=torch.bool)])
         self.worst = torch.cat([self.worst, new])
         self.right = torch.cat([self.right, torch.zeros(len(new), dtype=torch.bool)])
         return first
 
     def _put(self, i: int, rows: Sequence[CapturedRow]) -> None:
         """Rows that do not yet hold in the place of the i-th edit's, which may be more or fewer."""
-        first, count = self.firsts[i], self.owner.count(i)
-        end = first + count
+        span = self._span(i)
+        first, end, count = span.start, span.stop, span.stop - span.start
         self.rows[first:end] = rows
         self.owner[first:end] = [i] * len(rows)
         self.firsts = [f + len(rows) - count if j > i else f for j, f in enumerate(self.firsts)]
         new = torch.full((len(rows),), torch.inf)
         self.worst = torch.cat([self.worst[:first], new, self.worst[end:]])
         self.right = torch.cat([self.right[:first], new < 0, self.right[end:]])
+
+    def _span(self, i: int) -> slice:
+        """Where the rows of the i-th edit are."""
+        return slice(self.firsts[i], self.firsts[i + 1] if i + 1 < len(self.firsts) else len(self.rows))
 
     def _set_step(self, edits: Sequence[CapturedEdit]) -> None:
         """lr in units of (|h| / |a|)^2, with h the stream that enters the layer, at the edits' last content tokens.
@@ -186,18 +241,20 @@ class Rehearsal:
                 break
             self._step(self._within_budget(self._choose(pending, self.config.rows * 3 // 4, before)))
 
-    def _consolidate(self, cap: int) -> None:
+    def _consolidate(self, edits: int) -> None:
         """Sweep the whole shard and practise what does not hold.
 
-        Ends when everything holds, when `cap` steps are spent, or when practising no longer helps: edits that
-        contradict one another in other words never hold together.
+        Ends when everything holds, when the steps due to so many edits are spent, or when `max_steps` of them helped
+        nothing: edits that contradict one another in other words never hold together.
         """
-        spent, best, stale = 0, len(self.rows) + 1, 0
+        cap = math.ceil(self.config.max_steps * max(edits, 10) / 10)
+        spent, best, best_at = 0, len(self.rows) + 1, 0
         while spent < cap:
             self._sweep(range(len(self.rows)))
             pending = self._pending()
-            best, stale = (len(pending), 0) if len(pending) < best else (best, stale + 1)
-            if not len(pending) or stale >= _PATIENCE:
+            if len(pending) < best:
+                best, best_at = len(pending), spent
+            if not len(pending) or spent - best_at >= self.config.max_steps:
                 return
             due = math.ceil(2 * len(pending) / self.config.rows)
             for _ in range(max(_ROUND, due, math.ceil(_SWEPT * len(self.rows) / self.config.rows))):
@@ -209,13 +266,11 @@ class Rehearsal:
 
     def _pending(self, first: int = 0, end: int | None = None) -> Tensor:
         """Rows in [first, end) that did not hold when last seen, but for those set aside."""
-        return (~(self.worst[first:end] <= self.limit) & ~self._aside()[first:end]).nonzero()[:, 0] + first
+        return (~(self.worst[first:end] <= self.limit) & ~self._out()[first:end]).nonzero()[:, 0] + first
 
-    def _aside(self) -> Tensor:
-        """Rows of edits that were practised long enough and never came right: going on would harm the others."""
-        spent = torch.tensor([s >= _HOPELESS * self.config.max_steps for s in self.steps], dtype=torch.bool)
-        wrong = ~self.right[torch.tensor(self.firsts, dtype=torch.long)]
-        return (spent & wrong)[torch.tensor(self.owner, dtype=torch.long)]
+    def _out(self) -> Tensor:
+        """Rows of the edits that are set aside [rows]."""
+        return self.aside[torch.tensor(self.owner, dtype=torch.long)]
 
     def _choose(self, pending: Tensor, share: int, before: int) -> list[int]:
         """Up to `share` pending rows, the rest drawn from rows before `before`, those least well held more often."""
@@ -224,7 +279,7 @@ class Rehearsal:
         if before == 0 or others <= 0:
             return order.tolist()
         weight = self.worst[:before].nan_to_num(5.0).clamp(1e-3, 5.0) + 0.05
-        weight[self._aside()[:before]] = 0.0
+        weight[self._out()[:before]] = 0.0
         weight[order[order < before]] = 0.0
         others = min(others, int((weight > 0).sum()))
         drawn = torch.multinomial(weight, others, generator=self.generator) if others else order[:0]
@@ -285,6 +340,10 @@ class Rehearsal:
         counts = [int((r.labels != -100).sum()) for r in rows]
         self.worst[picked] = torch.stack([x.max() for x in losses.cpu().split(counts)])
         self.right[picked] = torch.stack([x.all() for x in right.cpu().split(counts)])
+        for edit in {self.owner[i] for i in picked}:
+            held = (self.worst[self._span(edit)] <= self.limit).all()
+            if held and self.held_at[edit].isinf():
+                self.held_at[edit] = self.steps[edit]
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wisecli.data.pool import ALONE
 from wisecli.errors import UsageError
-from wisecli.memory.keys import SHARE, KeySpace, crowding, principal_axes, score
+from wisecli.memory.keys import SHARE, KeySpace, alike, crowding, principal_axes, score
 
 FOLDS = 4
 
@@ -41,9 +41,9 @@ class Scope:
 
 
 SCOPES: Mapping[str, Scope] = {
-    "narrow": Scope(near=0.005, ordinary=0.0, stopped=0.97, lost=0.05),
-    "balanced": Scope(near=0.02, ordinary=0.002, stopped=0.9, lost=0.02),
-    "wide": Scope(near=0.05, ordinary=0.005, stopped=0.75, lost=0.01),
+    "narrow": Scope(near=0.0025, ordinary=0.0, stopped=0.97, lost=0.05),
+    "balanced": Scope(near=0.01, ordinary=0.002, stopped=0.9, lost=0.02),
+    "wide": Scope(near=0.03, ordinary=0.005, stopped=0.75, lost=0.01),
 }
 DEFAULT_SCOPE = "balanced"
 
@@ -98,25 +98,25 @@ def try_facts(vectors: Tensor, group: Tensor, facts: Tensor) -> Trial:
     inside = is_edit.clone()
     inside[keys_at] = False
     keys, outside = vectors[keys_at], ~is_edit
-    cosines = vectors[outside] @ keys.T  # [outside, keys]
-    by_fact, fact_of = _best_by_group(cosines, group[outside])  # [facts, keys]
+    near_by = alike(vectors[outside], keys)  # [outside, keys]
+    by_fact, fact_of = _best_by_group(near_by, group[outside])  # [facts, keys]
     best, at = by_fact.topk(min(2, len(by_fact)), 0)
     tried = near[outside]
     others = torch.where(fact_of[tried][:, None] == at[0][None], best[-1][None], best[0][None])
     return Trial(
         score(vectors[inside], keys, crowding(keys, vectors[outside])).max(1).values,
-        (cosines[tried] - SHARE * others).max(1).values,
+        (near_by[tried] - SHARE * others).max(1).values,
         len(edits),
     )
 
 
-def _best_by_group(cosines: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+def _best_by_group(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Largest entry per group and column [G, n] of [N, n], and the row's group index [N]; rows alone are groups too."""
     alone = group == ALONE
     unique = torch.where(alone, group.max() + 1 + alone.cumsum(0), group)
     _, index = unique.unique(return_inverse=True)
-    best = torch.full((int(index.max()) + 1, cosines.shape[1]), -1.0)
-    return best.scatter_reduce_(0, index[:, None].expand_as(cosines), cosines, "amax"), index
+    best = scores.new_full((int(index.max()) + 1, scores.shape[1]), -torch.inf)
+    return best.scatter_reduce_(0, index[:, None].expand_as(scores), scores, "amax"), index
 
 
 @dataclass(frozen=True)

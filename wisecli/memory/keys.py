@@ -3,18 +3,19 @@
 A prompt is represented by the residual stream h that enters the edited layer at its last content token. A linear map
 makes wordings of one fact alike and different facts unlike: with S_w the covariance between wordings of one pool fact
 and S_t that of all pool prompts, the columns of P are the generalised eigenvectors of (S_t, S_w) with the largest
-eigenvalues (Fisher's discriminant), scaled so that P^T S_w P = I, and
+eigenvalues (Fisher's discriminant), in which S_w is the same in all directions, and
 
-    z = normalise((h - mu) P).
+    z = c (h - mu) P,    alike(z, k) = 1 - ||z - k|| / sqrt(2),
 
-An edit has one key for its prompt alone and one for each of its forms behind a context. What an ordinary prompt reaches
-by chance differs from edit to edit, so the score of a query q for an edit e takes half of it off:
+with c such that the pool's prompts have a mean squared length of 1: 1 is the same place, and two prompts that have
+nothing to do with one another are about 0 alike. An edit has one key for its prompt alone and one for each of its
+forms behind a context. What an ordinary prompt reaches by chance differs from edit to edit, so the score of a query q
+for an edit e takes half of it off:
 
-    s_e(q) = max over keys k of e of  z_q . k  -  crowding_e / 2,
-    crowding_e = max over ordinary prompts p of  z_p . k_e,  with k_e the key of its prompt alone.
+    s_e(q) = max over keys k of e of  alike(z_q, k)  -  crowding_e / 2,
+    crowding_e = max over ordinary prompts p of  alike(z_p, k_e),  with k_e the key of its prompt alone.
 
-The edit of the largest score is the nearest, and names the answer's reason. Published codebooks compare raw distances,
-in which an edit's neighbours score as high as its paraphrases.
+The edit of the largest score is the nearest, and names the answer's reason.
 
 Shapes: `N` prompts, `D` model width, `r` kept directions, `n` keys, `E` edits.
 """
@@ -24,22 +25,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wisecli.data.pool import ALONE
 
 RIDGE = 0.1  # of the mean variance within a fact, added to every direction's
 WIDEST = 1024  # principal directions at most in which the discriminant is sought
-SHARE = 0.5  # of the crowding that is taken off a cosine
+SHARE = 0.5  # of the crowding that is taken off
 
 
 @dataclass(frozen=True)
 class KeySpace:
-    """mu [D] and the projection P [D, r], both fp16 as stored; used in fp32."""
+    """mu [D] and the projection P [D, r], both fp16 as stored; used in fp32. The scale c is a tensor of one number."""
 
     mean: Tensor
     projection: Tensor
+    scale: Tensor
 
     @classmethod
     def fit(cls, h: Tensor, group: Tensor, rank: int, axes: Tensor | None = None) -> KeySpace:
@@ -68,12 +69,14 @@ class KeySpace:
         projection = axes @ white @ order.flip(1)[:, :rank]
         # The sign of an eigenvector is arbitrary: fix it, so that the same activations give the same bytes.
         projection = projection * torch.sign(projection.gather(0, projection.abs().argmax(0, keepdim=True)))
-        return cls(mean.half(), (projection / projection.abs().max()).half().contiguous())
+        projection = (projection / projection.abs().max()).half().contiguous()
+        size = (h.float() @ projection.float()).square().sum(1).mean().clamp(min=1e-12)
+        return cls(mean.half(), projection, size.rsqrt()[None])
 
     def __call__(self, h: Tensor) -> Tensor:
-        """Unit vectors [.., r] for entries [.., D]."""
-        mean, projection = self.mean.to(h.device), self.projection.to(h.device)
-        return F.normalize((h.float() - mean.float()) @ projection.float(), dim=-1)
+        """Vectors [.., r] for entries [.., D]."""
+        mean, projection, scale = (t.to(h.device).float() for t in (self.mean, self.projection, self.scale))
+        return (h.float() - mean) @ projection * scale
 
     @property
     def rank(self) -> int:
@@ -105,7 +108,7 @@ def _within(h: Tensor, group: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KeyStore:
-    """All keys of a side memory: unit vectors [n, r] and the edit each belongs to [n]; crowding [E] of each edit.
+    """All keys of a side memory: vectors [n, r] and the edit each belongs to [n]; crowding [E] of each edit.
 
     Vectors and crowding are fp16 as stored.
     """
@@ -129,11 +132,18 @@ class KeyStore:
         return self.crowding.float()[self.owner]
 
 
+def alike(z: Tensor, keys: Tensor) -> Tensor:
+    """1 - ||z - k|| / sqrt(2) for queries [.., r] and keys [n, r]: [.., n]."""
+    # Through products of matrices, what is next to its key would be as far off as the rounding of its length.
+    apart = torch.cdist(z.reshape(-1, z.shape[-1]), keys, compute_mode="donot_use_mm_for_euclid_dist")
+    return 1 - apart.view(*z.shape[:-1], len(keys)) / 2**0.5
+
+
 def score(z: Tensor, keys: Tensor, crowding: Tensor) -> Tensor:
-    """z . k - crowding / 2 for queries [.., r], keys [n, r] and the crowding of each key [n]: [.., n]."""
-    return z @ keys.T - SHARE * crowding
+    """alike(z, k) - crowding / 2 for queries [.., r], keys [n, r] and the crowding of each key [n]: [.., n]."""
+    return alike(z, keys) - SHARE * crowding
 
 
 def crowding(keys: Tensor, ordinary: Tensor) -> Tensor:
-    """Largest cosine of each key [n, r] with an ordinary prompt's vector [P, r]; 0 without any."""
-    return (keys @ ordinary.T).max(1).values if len(ordinary) else torch.zeros(len(keys))
+    """How alike each key [n, r] is to the nearest ordinary prompt [P, r]; 0 without any."""
+    return alike(keys, ordinary).max(1).values if len(ordinary) else torch.zeros(len(keys))

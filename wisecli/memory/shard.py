@@ -27,7 +27,7 @@ from wisecli.models.prompts import ContentRule
 from wisecli.models.site import EditSite
 
 SHARD_FORMAT, GATE_FORMAT, RUN_FORMAT = "wise-shard", "wise-gate", "wise-run"
-FORMAT_VERSION = "2.0"
+FORMAT_VERSION = "3.0"
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class Gate:
         return cls(space, space(h).half().cpu(), group, try_on_pool(h, group, rank))
 
     def save(self, path: Path) -> None:
-        tensors = {"mean": self.space.mean, "projection": self.space.projection, "pool": self.pool, "group": self.group}
+        tensors = {"mean": self.space.mean, "projection": self.space.projection, "scale": self.space.scale, "pool": self.pool, "group": self.group}
         tensors |= {"inside": self.trial.inside, "near": self.trial.near}
         about = {"format": GATE_FORMAT, "format_version": FORMAT_VERSION, "trial_edits": self.trial.edits}
         save_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: Path) -> Gate:
-        t, about = _load(path, GATE_FORMAT, ("mean", "projection", "pool", "group", "inside", "near"))
+        t, about = _load(path, GATE_FORMAT, ("mean", "projection", "scale", "pool", "group", "inside", "near"))
         trial = Trial(t["inside"], t["near"], int(about.get("trial_edits", 1)))
-        return cls(KeySpace(t["mean"], t["projection"]), t["pool"], t["group"], trial)
+        return cls(KeySpace(t["mean"], t["projection"], t["scale"]), t["pool"], t["group"], trial)
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Shard:
         index: position of the slice, from 0.
         delta: W' - W over the shard's mask, fp32 values.
         mask_seed: what the mask was drawn from.
-        keys: unit vectors [n, r] (fp16) of the edits' forms in the key space, each edit's bare prompt first; `owner`
+        keys: vectors [n, r] (fp16) of the edits' forms in the key space, each edit's bare prompt first; `owner`
             [n] indexes `edits`.
-        negatives: unit vectors [m, r] of prompts close to the edits but out of their scope.
+        negatives: vectors [m, r] of prompts close to the edits but out of their scope.
         edits: one entry per edit: id, outcome and, unless left out, prompt and target.
     """
 

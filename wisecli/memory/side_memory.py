@@ -24,7 +24,7 @@ from wisecli.models.prompts import ContentRule
 from wisecli.models.site import EditSite
 
 FORMAT = "wise-side-memory"
-FORMAT_VERSION = "2.0"
+FORMAT_VERSION = "3.0"
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class SideMemory:
         tensors = {
             "keys.mean": self.keys.space.mean,
             "keys.projection": self.keys.space.projection,
+            "keys.scale": self.keys.space.scale,
             "keys.vectors": self.keys.keys,
             "keys.owner": self.keys.owner,
             "keys.crowding": self.keys.crowding,
@@ -174,7 +175,7 @@ class SideMemory:
             )
             for i, m in enumerate(manifest["memories"])
         )
-        space = KeySpace(tensors["keys.mean"], tensors["keys.projection"])
+        space = KeySpace(*(tensors[f"keys.{name}"] for name in ("mean", "projection", "scale")))
         fields = EditEntry.__dataclass_fields__.keys()
         return cls(
             base=dict(manifest["base"]),
