@@ -147,7 +147,6 @@ def run(case: Mapping[str, Any], stream: EditStream, args: argparse.Namespace) -
     side_memory, spent = learn(base, stream, config)
     took = sum(e.took for e in side_memory.edits)
     about = {**case, "base": base.name if args.base is None else args.base.name, "took": took, **spent}
-    about |= {"bytes": sum(t.numel() * t.element_size() for t in side_memory._tensors().values())}
     asked = stream
     if case["case"] == "five impossible edits":  # the others are asked
         asked = EditStream.of([r for r in stream.records if not r.id.startswith("impossible")])

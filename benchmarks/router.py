@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Column, Table
 from router_prompts import Captured, Material, Stream, capture, gather, halves, lay_out, relation_of
@@ -40,7 +41,7 @@ from wisecli.editing.merge import merge_shards
 from wisecli.evaluation.evaluate import EvalOptions, evaluate
 from wisecli.evaluation.metrics import auc, mean
 from wisecli.evaluation.questions import SCORES, Item
-from wisecli.memory.keys import SHARE, KeySpace
+from wisecli.memory.keys import SHARE, KeySpace, alike
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base, load_base
 from wisecli.models.prompts import PromptEncoder
@@ -70,8 +71,8 @@ class Reading:
         rank: directions kept at most.
         forms: of which prompts an edit has keys.
         crowding: share of an edit's crowding that is taken off.
-        distance: compare by Euclidean distance in the space instead of by cosine. In a fisher space that is the
-            Mahalanobis distance under the spread of wordings about their fact, in a whitened one under that of prompts.
+        cosine: compare by the cosine instead of by Euclidean distance, which in a fisher space is the Mahalanobis
+            distance under the spread of wordings about their fact, in a whitened one under that of prompts.
     """
 
     what: str = "last"
@@ -80,7 +81,7 @@ class Reading:
     rank: int = 128
     forms: tuple[str, ...] = ("edit", "context")
     crowding: float = SHARE
-    distance: bool = False
+    cosine: bool = False
 
 
 MORE_KEYS, MORE = "keys: with paraphrases", ("edit", "context", "paraphrase")
@@ -100,20 +101,21 @@ READINGS: dict[str, Reading] = {
     "whitened 256": Reading(space="whitened", rank=256),
     "fisher 64": Reading(rank=64),
     "fisher 256": Reading(rank=256),
-    "fisher 64, distance": Reading(rank=64, distance=True),
-    "fisher 128, distance": Reading(distance=True),
-    "fisher 256, distance": Reading(rank=256, distance=True),
-    "fisher 128, distance, no crowding": Reading(distance=True, crowding=0.0),
-    "best content token, distance": Reading("all", distance=True),
-    "whitened 256, distance, no crowding": Reading(space="whitened", rank=256, distance=True, crowding=0.0),
+    "fisher 64, cosine": Reading(rank=64, cosine=True),
+    "fisher 128, cosine": Reading(cosine=True),
+    "fisher 256, cosine": Reading(rank=256, cosine=True),
+    "fisher 128, cosine, no crowding": Reading(cosine=True, crowding=0.0),
+    "centred, cosine": Reading(space="centred", cosine=True),
+    "whitened 256, cosine": Reading(space="whitened", rank=256, cosine=True),
+    "best content token, cosine": Reading("all", cosine=True),
     "keys: prompt alone": Reading(forms=("edit",)),
     MORE_KEYS: Reading(forms=MORE),
     "no crowding": Reading(crowding=0.0),
     "full crowding": Reading(crowding=1.0),
     "paraphrases, no crowding": Reading(forms=MORE, crowding=0.0),
 }
-FEW = ("default", "centred", "fisher 64", "fisher 256", "fisher 128, distance", "best content token", MORE_KEYS)
-HALVED = ("default", "fisher 64", "fisher 256", "whitened 256", "centred", "fisher 128, distance", MORE_KEYS)
+FEW = ("default", "centred, cosine", "fisher 64", "fisher 256", "fisher 128, cosine", "best content token", MORE_KEYS)
+HALVED = (*(n for n in FEW if n != "best content token"), "whitened 256")
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 
@@ -170,11 +172,11 @@ def fit_space(h: Tensor, group: Tensor, r: Reading) -> KeySpace:
 
 
 def _place(space: KeySpace, x: Tensor, r: Reading) -> Tensor:
-    return (x - space.mean.float()) @ space.projection.float() if r.distance else space(x)
+    return F.normalize(space(x), dim=-1) if r.cosine else space(x)
 
 
 def _alike(z: Tensor, keys: Tensor, r: Reading) -> Tensor:
-    return -torch.cdist(z, keys) if r.distance else z @ keys.T
+    return z @ keys.T if r.cosine else alike(z, keys)
 
 
 def both(m: Material, a: Tensor, b: Tensor) -> dict[str, Scored]:

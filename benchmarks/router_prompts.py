@@ -74,7 +74,7 @@ def edits_of(n: int, seed: int) -> tuple[list[EditRecord], dict[str, str]]:
 def gather(editor: Editor, n: int, seed: int) -> Stream:
     """The texts of a stream. An edit that the gate takes for another edit's wording is left out, as in editing."""
     records, relation = edits_of(n, seed)
-    superseded, _ = editor.settle(EditStream.of(records))
+    superseded = editor.settle(EditStream.of(records)).superseded
     records = [r for r in records if r.id not in superseded]
     relations = tuple(relation[r.id] for r in records)
     texts: dict[str, list[tuple[int, str]]] = defaultdict(list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from wisecli.data.pool import ALONE, Pool, PoolFact, pool_facts
-from wisecli.data.stream import read_edits
+from wisecli.data.records import EditRecord
+from wisecli.data.stream import EditStream, read_edits
+from wisecli.editing.config import EditConfig
+from wisecli.editing.editor import Editor
 from wisecli.errors import UsageError
 from wisecli.memory import calibration
 from wisecli.memory.calibration import SCOPES, Trial, key_calibration, key_threshold, try_facts, try_on_pool
 from wisecli.memory.keys import SHARE, KeySpace, alike
 from wisecli.memory.shard import Gate
+from wisecli.models.base import Base
 
 NONE = torch.zeros(0)
 quick = settings(deadline=None, max_examples=40)
@@ -218,3 +223,14 @@ def test_an_unknown_scope_is_refused_with_those_there_are() -> None:
     with pytest.raises(UsageError, match="huge") as e:
         key_threshold(trial_of(NONE), EDITS, NONE, NONE, NONE, "huge")
     assert all(name in str(e.value.hint) for name in SCOPES)
+
+
+def test_a_run_knows_which_prompts_of_its_pool_are_wordings_of_one_another(
+    tiny_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    """The gate is fitted on them, so another grouping is another run."""
+    stream = EditStream.of([EditRecord("a", "Where is Rome?", "Italy")])
+    pools = (["one\tother", "third"], ["one", "other\tthird"])
+    base = Base(tiny_model("llama"), tokenizer, "tiny")
+    digests = [Editor(base, EditConfig(), extra_pool=p).describe(stream)["pool"] for p in pools]
+    assert digests[0] != digests[1]

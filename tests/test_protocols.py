@@ -196,7 +196,7 @@ def test_fresh_items_and_the_curve_are_those_of_the_shards_as_they_were(
     report, _ = whole
     editor = Editor(base, CONFIG)
     run, asker = editor.describe(stream), Asker(base, questions_of(stream))
-    superseded, _ = editor.settle(stream)
+    superseded = editor.settle(stream).superseded
     drain(asker.before())
     want: list[Item] = []
     curve = []

@@ -24,8 +24,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from wisecli.errors import InputError, UsageError
 from wisecli.evaluation.answers import GREEDY
+from wisecli.models.base import context_of
 from wisecli.models.prompts import PromptEncoder, Row
-from wisecli.routing.explain import TOP, Explanation, explain_conversation
+from wisecli.routing.explain import TOP, Explanation, check_prompt, explain_conversation
 
 if TYPE_CHECKING:
     from wisecli.memory.side_memory import EditEntry
@@ -131,7 +132,7 @@ class ChatSession:
 
     def _run(self, messages: Sequence[Message], *, unedited: bool = False) -> _Generation:
         row = self.encoder.conversation(messages)
-        cap = min(self.max_new_tokens, _room(self.base.model.config, row))
+        cap = min(self.max_new_tokens, _room(self.base.model, row))
         return _Generation(self.base, self.encoder, row, cap, self.attached, unedited)
 
     def _answer(self, text: str, messages: list[Message], run: _Generation) -> Generator[str]:
@@ -257,20 +258,13 @@ class _Generation(BaseStreamer):
 
 
 def _user(text: str) -> Message:
-    if not text.strip():
-        raise InputError("The question is empty.", hint="Give at least one word.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise InputError("The question is not valid text.", hint="Give it in UTF-8.") from e
+    check_prompt(text, "question")
     return {"role": "user", "content": text}
 
 
-def _room(config: Any, row: Row) -> int:
+def _room(model: Any, row: Row) -> int:
     """Tokens the base can take behind a prompt."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return 1 << 30
+    limit = context_of(model)
     if limit <= len(row):
         raise InputError(
             f"The question and the conversation before it have {len(row)} tokens; the base takes {limit}.",

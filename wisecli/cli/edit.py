@@ -96,7 +96,7 @@ def edit(
         run = EditRun(base, stream, opt.edit_config(stream, base, **settings), out, extra_pool=more, texts=texts)
         _introduce(sink, run, located.path)
         entries = _learn(sink, run)
-        alike = run.settled[1].alike
+        alike = run.settled.alike
         _summarise(sink, entries, alike, verbose)
         sink.line(f"Wrote {out}. Next:", command=f"wise merge {out} -o sm.safetensors")
         sink.result(_document(run, entries, alike, out), str(out))

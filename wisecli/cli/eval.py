@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,12 +110,12 @@ def evaluate(
         if scope is not None:
             check_scope(scope)
         settings = {"schedule": schedule, "shards": shards, "block": block, "seed": seed}
-        has_scope = learn and protocol != "wilke"
         learning = _Learning.of(learn, protocol, t, side_memory, out, harness, settings)
+        scoped = learn and protocol != "wilke"
         _refuse_idle(
             [
                 ("--router", router is not None, side_memory is not None or learning is not None, "a side memory"),
-                ("--scope", scope is not None, side_memory is not None or has_scope, "a side memory"),
+                ("--scope", scope is not None, side_memory is not None or scoped, "a side memory"),
                 ("--allow-other-base", allow_other_base, side_memory is not None, "--side-memory"),
                 ("--harness-limit", harness_limit is not None, harness is not None, "--harness"),
                 ("--harness-include", harness_include is not None, harness is not None, "--harness"),
@@ -138,7 +138,7 @@ def evaluate(
 
         sm = SideMemory.load(side_memory_file(side_memory)) if side_memory else None
         if sm is not None and scope is not None:
-            sm = replace(sm, router=router or sm.router).scoped(scope)
+            sm = sm.scoped(scope, router)
         base = opt.base_of(sm.base if sm else {}, model, revision, dtype, device, trust_remote_code)
         _warn_endless(sink, base)
         if learning is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from wisecli.doctor.trial import learn_probes
 from wisecli.editing.config import EditConfig
 from wisecli.errors import ModelError
 from wisecli.evaluation.asking import Progress, Steps
-from wisecli.evaluation.environment import environment, peak_memory
+from wisecli.evaluation.environment import describe_base, environment, peak_memory
 from wisecli.models.base import Base
 from wisecli.models.prompts import PromptEncoder
 from wisecli.models.site import decoder_layers
@@ -142,7 +141,11 @@ class _Examination:
         usable = chosen is not None and verdict.usable
         kinds = {r.id.rsplit("-", 1)[0] for r in self.probes.stream}
         return DoctorReport(
-            base=_describe(self.base),
+            base=describe_base(self.base, digest=False)
+            | {
+                "layers": getattr(self.base.model.config.get_text_config(), "num_hidden_layers", None),
+                "chat_template": bool(getattr(self.base.tokenizer, "chat_template", None)),
+            },
             candidates=candidates,
             layer=chosen.layer if chosen is not None else None,
             verdict=verdict,
@@ -152,19 +155,3 @@ class _Examination:
             memory=peak_memory(self.base),
             environment=environment(self.base),
         )
-
-
-def _describe(base: Base) -> dict[str, Any]:
-    """Which base it is, and how it was loaded; not its digest, which takes as long as reading it."""
-    model = base.model
-    return {
-        "name": base.name,
-        "revision": base.revision,
-        "label": base.label,
-        "model_type": model.config.model_type,
-        "layers": getattr(model.config.get_text_config(), "num_hidden_layers", None),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "chat_template": bool(getattr(base.tokenizer, "chat_template", None)),
-    }

@@ -30,7 +30,7 @@ from wisecli.editing.rewording import Rewording
 from wisecli.memory.bits import SparseDelta, draw_mask
 from wisecli.memory.keys import alike, crowding
 from wisecli.memory.shard import FORMAT_VERSION, RUN_FORMAT, Gate, Shard
-from wisecli.models.base import Base, fingerprint
+from wisecli.models.base import Base, context_of, fingerprint
 from wisecli.models.prompts import PromptEncoder
 from wisecli.models.site import find_site
 from wisecli.models.upper import UpperModel
@@ -115,16 +115,15 @@ class Editor:
         if not len(near):
             return Conflicts({})
         vectors = self.vectors([r.prompt for r in records]).float()
-        about = set(about_edits(self.pool.prompts, records))
-        ordinary = self.gate.pool[[i for i in range(len(self.gate.pool)) if i not in about]].float()
+        ordinary = self.gate.ordinary(about_edits(self.pool.prompts, records))
         return find_conflicts(records, vectors, crowding(vectors, ordinary), float(near.max()))
 
-    def settle(self, stream: EditStream) -> tuple[dict[str, str | None], Conflicts]:
-        """Every superseded edit of a stream with the one that takes its place, and what the gate had to say."""
+    def settle(self, stream: EditStream) -> Conflicts:
+        """Every superseded edit of a stream, by equal prompts or by the gate, and the pairs that stay though alike."""
         last = {prompt_key(r.prompt): r.id for r in stream.records}
         by_prompt = {r.id: last[prompt_key(r.prompt)] for r in stream.records if r.id in stream.superseded}
         found = self.conflicts([r for r in stream.records if r.id not in stream.superseded])
-        return {**by_prompt, **found.superseded}, found
+        return Conflicts({**by_prompt, **found.superseded}, found.alike)
 
     def capture(self, records: Sequence[EditRecord]) -> list[CapturedEdit]:
         """Edits run through the frozen part, once.
@@ -132,7 +131,7 @@ class Editor:
         Raises:
             InputError: a record does not fit the base's context.
         """
-        limit = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_of(self.base.model)
         return capture_edits(self.upper, records, self.config.contexts, self.config.seed, limit)
 
     def open(self, index: int, stream: EditStream) -> OpenShard:
@@ -142,7 +141,7 @@ class Editor:
     def learn(self, stream: EditStream) -> list[Shard]:
         """The shards of a whole stream, in memory."""
         shards = []
-        superseded, _ = self.settle(stream)
+        superseded = self.settle(stream).superseded
         for index, records in enumerate(slices(stream.records, self.config.shards)):
             shard = self.open(index, stream)
             for _ in shard.learn(records, superseded):
@@ -168,10 +167,15 @@ class Editor:
             "config": self.config.to_json(),
             "n_shards": self.config.shards,
             "stream": {"digest": stream.digest, "edits": len(stream.records), "format": stream.format},
-            "pool": hashlib.sha256("\n".join(self.pool.prompts).encode()).hexdigest(),
+            "pool": self._pool_digest,
             "texts": self.texts,
             "versions": versions(),
         }
+
+    @cached_property
+    def _pool_digest(self) -> str:
+        lines = (f"{group}\t{prompt}\n" for group, prompt in zip(self.pool.group, self.pool.prompts, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wisecli.data.pool import ALONE, ordinary_prompts
+from wisecli.data.pool import ordinary_prompts
 from wisecli.data.records import EditRecord
 from wisecli.editing.batch import CapturedEdit, capture_edits
 from wisecli.editing.config import EditConfig
@@ -234,15 +234,13 @@ def _keys(gate: Gate, shards: Sequence[Shard]) -> KeyStore:
     vectors, owner = torch.cat([s.keys for s in shards]), torch.cat(owners)
     crowded = torch.zeros(seen)
     first = _first_of_each(owner)
-    crowded[owner[first]] = crowding(vectors[first].float(), _ordinary(gate, shards))
+    crowded[owner[first]] = crowding(vectors[first].float(), gate.ordinary(_about(shards)))
     return KeyStore(gate.space, vectors, owner, crowded.half())
 
 
-def _ordinary(gate: Gate, shards: Sequence[Shard], alone: bool = False) -> Tensor:
-    """Vectors of the pool's prompts that are about no edit; with `alone` only of those that word no fact."""
-    about = {i for s in shards for i in s.details.get("pool_about_edits", ())}
-    fits = (gate.group == ALONE).tolist() if alone else [True] * len(gate.pool)
-    return gate.pool[[i for i, fit in enumerate(fits) if fit and i not in about]].float()
+def _about(shards: Sequence[Shard]) -> set[int]:
+    """Positions of the pool's prompts that are about an edit."""
+    return {i for s in shards for i in s.details.get("pool_about_edits", ())}
 
 
 def _first_of_each(owner: Tensor) -> Tensor:
@@ -255,7 +253,7 @@ def _first_of_each(owner: Tensor) -> Tensor:
 def _calibrate_keys(gate: Gate, shards: Sequence[Shard], keys: KeyStore, scope: str) -> Calibration:
     hard = torch.cat([s.negatives for s in shards]).float()
     crowded = keys.crowding.float()[keys.owner]
-    alone = _ordinary(gate, shards, alone=True)  # what facts of a kind may do is the trial's to say
+    alone = gate.ordinary(_about(shards), alone=True)  # what facts of a kind may do is the trial's to say
     ordinary, negatives = (_best(v, keys.keys.float(), crowded) for v in (alone, hard))
     edits = len(keys.owner.unique())
     return key_calibration(gate.trial, edits, ordinary, negatives, _own_scores(keys), scope)

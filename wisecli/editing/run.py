@@ -86,7 +86,7 @@ class EditRun:
             if not path.exists():
                 self._ready_gate()
                 self.open = self.editor.open(index, self.stream)
-                for arrived in self.open.learn(records, self.settled[0]):
+                for arrived in self.open.learn(records, self.settled.superseded):
                     yield Progress(done + arrived, total)
                 self.open.shard().save(path)
                 self.open = None
@@ -94,7 +94,7 @@ class EditRun:
             yield Progress(done, total, self._record(Shard.load(path)))
 
     @cached_property
-    def settled(self) -> tuple[dict[str, str | None], Conflicts]:
+    def settled(self) -> Conflicts:
         """Superseded edits with those that take their places, and the pairs that the gate cannot tell apart."""
         self._ready_gate()
         return self.editor.settle(self.stream)

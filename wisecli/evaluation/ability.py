@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from wisecli.data.pool import held_text
 from wisecli.data.source import missing_file
 from wisecli.errors import InputError
-from wisecli.evaluation.answers import Forced, context_of, force
+from wisecli.evaluation.answers import Forced, force
 from wisecli.evaluation.metrics import perplexity
 from wisecli.evaluation.store import AnswerStore
-from wisecli.models.base import Base
+from wisecli.models.base import Base, context_of
 from wisecli.models.prompts import PromptEncoder, Row
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def read_texts(path: str | Path) -> list[str]:
 
 def _longest(base: Base) -> int:
     """Tokens a passage may have."""
-    return min(context_of(base), PASSAGE_TOKENS)
+    return min(context_of(base.model), PASSAGE_TOKENS)
 
 
 def _split(encoder: PromptEncoder, passage: str, number: int, limit: int) -> Row:

@@ -19,7 +19,7 @@ import torch
 
 from wisecli.errors import InputError
 from wisecli.evaluation.store import AnswerStore, digest_of
-from wisecli.models.base import Base
+from wisecli.models.base import Base, context_of
 from wisecli.models.prompts import PromptEncoder, Row
 from wisecli.models.upper import head_at
 from wisecli.routing.routers import Route
@@ -90,7 +90,7 @@ def answer_cap(base: Base, encoder: PromptEncoder, edit: str, prompt: str, text:
     """
     row = encoder.pair(prompt, text, eos=False) if text else encoder.prompt(prompt)
     cap = len(row.target) + SLACK if row.target else PROBE_TOKENS
-    limit = context_of(base)
+    limit = context_of(base.model)
     if len(row.prompt) + max(len(row.target), 1) > limit:
         answer = f" and its answer {len(row.target)}" if row.target else ""
         raise InputError(
@@ -107,7 +107,7 @@ def check_text(base: Base, encoder: PromptEncoder, edit: str, text: str) -> None
     Raises:
         InputError: it does not fit.
     """
-    tokens, limit = len(encoder.prompt(text)), context_of(base)
+    tokens, limit = len(encoder.prompt(text)), context_of(base.model)
     if tokens > limit:
         raise InputError(
             f"A text of edit {edit!r} has {tokens} tokens; the base takes {limit}: {text[:60]!r}.",
@@ -136,7 +136,7 @@ def generate_answers(
     caps = list(max_new_tokens)
     order = sorted(range(len(rows)), key=lambda i: (caps[i], len(rows[i])))
     sizes = [(len(r), cap) for r, cap in zip(rows, caps, strict=True)]
-    for picked in _batches(order, sizes, batch_size, context_of(base)):
+    for picked in _batches(order, sizes, batch_size, context_of(base.model)):
         key = digest_of(["generate", encoder.eos, [[rows[i].prompt, caps[i]] for i in picked]])
         kept = store.get(key) if store else None
         if kept is None:
@@ -236,12 +236,6 @@ def _routes(attached: Attached | None, rows: int) -> list[Route] | list[None]:
     """The routes just taken; none where nothing is attached or they were set from outside."""
     last = attached.last if attached is not None and not attached.overridden else None
     return attached.explain(last) if attached is not None and last is not None else [None] * rows
-
-
-def context_of(base: Base) -> int:
-    """Tokens the base takes in all; very many where its config does not say."""
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else sys.maxsize
 
 
 def _batches(

@@ -16,10 +16,10 @@ from wisecli.models.base import Base
 from wisecli.versions import versions
 
 
-def describe_base(base: Base) -> dict[str, Any]:
-    """Which base it is, and how it was loaded."""
+def describe_base(base: Base, digest: bool = True) -> dict[str, Any]:
+    """Which base it is, and how it was loaded; its digest takes as long as reading it."""
     model = base.model
-    return {
+    about = {
         "name": base.name,
         "revision": base.revision,
         "label": base.label,
@@ -27,8 +27,8 @@ def describe_base(base: Base) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
-        "digest": base.digest,
     }
+    return about | {"digest": base.digest} if digest else about
 
 
 def describe_side_memory(sm: SideMemory, router: str, path: str | None = None) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class StreamEvaluation:
         self.options = options or EvalOptions()
         self.how = how or MergeConfig()
         self.run = EditRun(base, stream, config, out / "shards")
-        self.stream = _without(stream, self.run.settled[0])
+        self.stream = _without(stream, self.run.settled.superseded)
         self.path = out / "sm.safetensors"
         self.while_learning = protocol in (FRESH, BOTH)
         self.fresh: list[Item] = []
@@ -209,7 +209,7 @@ class StreamEvaluation:
     def _note_end(self, shard: OpenShard, store: AnswerStore | None) -> None:
         """When a shard's last edit has been asked, keep everything under the shard."""
         records = slices(self.stream.records, self.run.config.shards)[shard.index]
-        live = [r.id for r in records if r.id not in self.run.settled[0]]
+        live = [r.id for r in records if r.id not in self.run.settled.superseded]
         if store is None or len(shard.captured) < len(live):
             return
         end = sum(len(s) for s in slices(self.stream.records, self.run.config.shards)[: shard.index])
@@ -333,7 +333,7 @@ class RollbackEvaluation:
         for k, group in enumerate(groups):
             yield Progress(f"T={t}", k, len(groups))
             stream = EditStream.of(group)
-            wanted = set(questions_of(_without(stream, self.editor.settle(stream)[0])))
+            wanted = set(questions_of(_without(stream, self.editor.settle(stream).superseded)))
             which = [i for r in group for i in asker.places.get(r.id, ()) if asker.questions[i] in wanted]
             items += self._sequence(asker, stream, which)
             identical = identical and probe.same(self.base)

@@ -27,7 +27,7 @@ from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import Editor, OpenShard
 from wisecli.editing.merge import MergeConfig, merge_shards
 from wisecli.errors import InputError
-from wisecli.evaluation.answers import Forced, answer_cap, context_of, force, generate_answers
+from wisecli.evaluation.answers import Forced, answer_cap, force, generate_answers
 from wisecli.evaluation.asking import Progress, drain
 from wisecli.evaluation.evaluate import EvalOptions, EvalReport, Findings, asker_for, make_report
 from wisecli.evaluation.metrics import all_tokens_match, exact_match, harmonic_mean, mean
@@ -35,7 +35,7 @@ from wisecli.evaluation.protocols import attached_by, router_of
 from wisecli.evaluation.questions import EDIT, REPHRASE, Item
 from wisecli.evaluation.store import AnswerStore, digest_of
 from wisecli.memory.side_memory import SideMemory
-from wisecli.models.base import Base
+from wisecli.models.base import Base, context_of
 from wisecli.models.prompts import Row
 
 WILKE = "wilke"
@@ -111,7 +111,7 @@ class WilkeEvaluation:
         """Records with an original answer that the base gives; `original` is filled."""
         records, encoder = self.stream.records, self.asker.encoder
         own = [r for r in records if r.truth is None]
-        caps = [min(_LONGEST, context_of(self.base) - len(encoder.prompt(r.prompt))) for r in own]
+        caps = [min(_LONGEST, context_of(self.base.model) - len(encoder.prompt(r.prompt))) for r in own]
         said = dict(generate_answers(self.base, encoder, [r.prompt for r in own], caps))
         whole = {r.id: said[i].text for i, r in enumerate(own) if len(said[i].ids) < caps[i] and said[i].text}
         original = {r.id: r.truth if r.truth is not None else whole.get(r.id) for r in records}

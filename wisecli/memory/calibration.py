@@ -3,8 +3,8 @@
 The key router's epsilon has a stated false-opening rate: the share of near prompts (other facts of a kind, other facts
 about a subject) that may pass. What near prompts score is seen on facts of the pool, some of which stand in for edits;
 what the stream's own hard negatives and forms score corrects it where its prompts are unlike the pool. The activation
-router, as published, opens above a share of the weakest in-scope indicator. Evaluation probes are never used, and
-edits that did not take decide nothing.
+router, as published, opens above a share of the weakest in-scope indicator. Evaluation probes are never used. Keys come
+from the base alone, so that whether an edit took has no part in the key router's threshold.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def key_threshold(trial: Trial, edits: int, ordinary: Tensor, hard: Tensor, in_s
         hard: the same for hard negatives made from the stream [M].
         in_scope: for each edit, the lowest score of its other forms for its bare prompt's key [E].
     """
-    rates = _scope(scope)
+    rates = SCOPES[check_scope(scope)]
     kept = (1 - rates.near) ** min(1.0, trial.edits / max(1, edits))
     epsilon = max(_quantile(trial.near, kept), _quantile(ordinary, 1 - rates.ordinary))
     if len(hard):
@@ -208,7 +208,3 @@ def check_scope(scope: str) -> str:
     if scope not in SCOPES:
         raise UsageError(f"Unknown scope {scope!r}.", hint=f"Use {', '.join(SCOPES)}.")
     return scope
-
-
-def _scope(name: str) -> Scope:
-    return SCOPES[check_scope(name)]

@@ -10,7 +10,7 @@ A shard is complete or absent. Nothing here trains or merges.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import jsonlines
 from torch import Tensor
 
+from wisecli.data.pool import ALONE
 from wisecli.errors import InputError
 from wisecli.memory.bits import SparseDelta
 from wisecli.memory.calibration import Trial, try_on_pool
@@ -51,11 +52,17 @@ class Gate:
         space = KeySpace.fit(h, group, rank)
         return cls(space, space(h).half().cpu(), group, try_on_pool(h, group, rank))
 
+    def ordinary(self, about: Collection[int], alone: bool = False) -> Tensor:
+        """Vectors [n, r] of the pool's prompts but those at `about`; with `alone` only of those that word no fact."""
+        fits = (self.group == ALONE).tolist() if alone else [True] * len(self.pool)
+        about = set(about)
+        return self.pool[[i for i, fit in enumerate(fits) if fit and i not in about]].float()
+
     def save(self, path: Path) -> None:
-        tensors = {"mean": self.space.mean, "projection": self.space.projection, "scale": self.space.scale, "pool": self.pool, "group": self.group}
-        tensors |= {"inside": self.trial.inside, "near": self.trial.near}
+        space = {"mean": self.space.mean, "projection": self.space.projection, "scale": self.space.scale}
+        seen = {"pool": self.pool, "group": self.group, "inside": self.trial.inside, "near": self.trial.near}
         about = {"format": GATE_FORMAT, "format_version": FORMAT_VERSION, "trial_edits": self.trial.edits}
-        save_tensors(path, tensors, about)
+        save_tensors(path, space | seen, about)
 
     @classmethod
     def load(cls, path: Path) -> Gate:

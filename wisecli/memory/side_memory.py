@@ -192,20 +192,21 @@ class SideMemory:
             extra={k: v for k, v in manifest.items() if k not in known},
         )
 
-    def scoped(self, scope: str) -> SideMemory:
-        """The same side memory with the key router's thresholds of another scope.
+    def scoped(self, scope: str, router: str | None = None) -> SideMemory:
+        """The same side memory with the key router's thresholds of another scope, used by the router named.
 
         Raises:
             UsageError: it has no such scope, or the activation router, which has none.
         """
-        if self.router != "key":
-            raise UsageError(f"The {self.router} router has no scopes.", hint="Leave --scope out, or use --router key.")
+        router = router or self.router
+        if router != "key":
+            raise UsageError(f"The {router} router has no scopes.", hint="Leave --scope out, or use --router key.")
         lacking = next((m for m in self.memories if scope not in m.scopes), None)
         if lacking is not None:
             known = ", ".join(lacking.scopes) or "none"
             raise UsageError(f"This side memory has no scope {scope!r}.", hint=f"It has: {known}.")
         memories = tuple(replace(m, epsilon={**m.epsilon, "key": m.scopes[scope]}) for m in self.memories)
-        return replace(self, memories=memories)
+        return replace(self, memories=memories, router=router)
 
     def without_texts(self) -> SideMemory:
         """The same side memory with the edits' prompts and targets left out; ids stay."""

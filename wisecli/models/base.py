@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 from wisecli.errors import ModelError, UsageError, first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO_BASE = "wise-demo"
 _DEMO_PATH = Path(__file__).resolve().parent.parent / "base"
@@ -214,3 +215,9 @@ def matches(weight: Tensor, recorded: Mapping[str, str]) -> bool:
 def _digest(t: Tensor) -> str:
     data: Any = t.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()  # view(-1): scalars have no bytes view
     return hashlib.sha256(data).hexdigest()
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Tokens a model takes in all; very many where its config does not say."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else sys.maxsize

@@ -50,14 +50,9 @@ class CapturedRow:
     entry: Tensor
 
     @property
-    def end(self) -> int:
-        """Position of the last content token."""
-        return int(self.content.nonzero()[-1])
-
-    @property
     def last(self) -> Tensor:
         """`a` [F] at the last content token."""
-        return self.a[self.end]
+        return self.a[int(self.content.nonzero()[-1])]
 
 
 class UpperModel:

@@ -17,7 +17,7 @@ import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -347,7 +347,7 @@ def attach(
     """
     sm = side_memory if isinstance(side_memory, SideMemory) else SideMemory.load(side_memory_file(Path(side_memory)))
     if scope is not None:
-        sm = replace(sm, router=router or sm.router).scoped(scope)
+        sm = sm.scoped(scope, router)
     site = sm.site
     try:
         shape = tuple(site.weight(model).shape)

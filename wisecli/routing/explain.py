@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from wisecli.errors import InputError, UsageError
 from wisecli.memory.side_memory import EditEntry
+from wisecli.models.base import context_of
 from wisecli.models.prompts import PromptEncoder, Row
 from wisecli.routing.routers import Ranking, Route
 
@@ -141,25 +142,25 @@ def _explain(
     return out
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, what: str = "prompt") -> None:
     """Refuse what is no prompt.
 
     Raises:
         InputError: it is empty, or no valid text.
     """
     if not prompt.strip():
-        raise InputError("The prompt is empty.", hint="Give at least one word.")
+        raise InputError(f"The {what} is empty.", hint="Give at least one word.")
     try:
         prompt.encode()
     except UnicodeEncodeError as e:
-        raise InputError("The prompt is not valid text.", hint="Give it in UTF-8.") from e
+        raise InputError(f"The {what} is not valid text.", hint="Give it in UTF-8.") from e
 
 
 def _row(attached: Attached, encoder: PromptEncoder, prompt: str) -> Row:
     check_prompt(prompt)
     row = encoder.prompt(prompt)
-    limit = getattr(attached.model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < len(row):
+    limit = context_of(attached.model)
+    if limit < len(row):
         about = " ".join(prompt.split())[:40]
         raise InputError(
             f"The prompt {about!r}... has {len(row)} tokens; the base takes {limit}.", hint="Shorten the prompt."
