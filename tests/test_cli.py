@@ -241,7 +241,7 @@ def test_a_single_edit_with_an_odd_id_and_path(tmp_path: Path, capsys: pytest.Ca
     assert f"Wrote {out}. Next: wise merge {out} -o sm.safetensors\n" in stdout
     assert "as they are, no chat template" in stdout
     assert "none of the 1 edits took" in err
-    assert json.loads((out / "run.json").read_text())["n_shards"] == 1
+    assert json.loads((out / "run.json").read_text())["streams"][0]["shards"] == 1
     code, _, err = run(capsys, *argv, "--shards", "2")
     assert code == 2
     assert "--shards 1" in err

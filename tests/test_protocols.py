@@ -98,8 +98,9 @@ def timeless(report: EvalReport) -> dict[str, Any]:
 
 
 def learned(folder: Path) -> dict[str, bytes]:
-    """What learning and merging wrote."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """What learning and merging wrote; the journal says when, and differs from run to run."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "journal.jsonl")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 # -- learning a stream, and asking while learning ----------------------------------------------------------------------

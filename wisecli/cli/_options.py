@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from wisecli.cli._output import Output
     from wisecli.data.stream import EditStream
     from wisecli.editing.config import EditConfig
     from wisecli.models.base import Base
@@ -51,7 +52,12 @@ Pool = Annotated[
 ]
 SideMemoryFile = Annotated[
     Path | None,
-    typer.Option("--side-memory", "-s", metavar="FILE", help="Side memory file, or a packaged folder."),
+    typer.Option(
+        "--side-memory",
+        "-s",
+        metavar="FILE",
+        help="Side memory file, packaged folder, or hub id with or without @revision.",
+    ),
 ]
 
 
@@ -68,6 +74,20 @@ def base_of(
     name = model if model is not None else recorded.get("name")
     pinned = revision if model is not None or revision else recorded.get("revision")
     return load_base(name, revision=pinned, dtype=dtype, device=device, trust_remote_code=trust)
+
+
+def side_memory_at(sink: Output, given: Path | None) -> Path | None:
+    """Where --side-memory lies: what is on disk as it is; a package of the hub fetched, its commit told to people."""
+    if given is None or given.exists():
+        return given
+    from wisecli.hub import fetch, is_hub_id
+
+    if not is_hub_id(given):
+        return given
+    fetched = fetch(str(given))
+    if sink.human:
+        sink.note(f"side memory {fetched.label}", style="dim")
+    return fetched.folder
 
 
 def edit_config(

@@ -13,8 +13,10 @@ from wisecli.cli.compare import compare
 from wisecli.cli.doctor import doctor
 from wisecli.cli.edit import edit
 from wisecli.cli.eval import evaluate
+from wisecli.cli.forget import forget
 from wisecli.cli.merge import merge
 from wisecli.cli.package import package
+from wisecli.cli.pull import pull
 from wisecli.cli.report import report
 from wisecli.cli.route import route
 
@@ -49,7 +51,9 @@ def root(
 app.command("doctor")(doctor)
 app.command("edit")(edit)
 app.command("merge")(merge)
+app.command("forget")(forget)
 app.command("package")(package)
+app.command("pull")(pull)
 app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("compare")(compare)

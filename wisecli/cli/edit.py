@@ -15,6 +15,7 @@ from wisecli.cli._output import Output, figure, short
 if TYPE_CHECKING:
     from wisecli.data.stream import EditStream
     from wisecli.editing.run import EditRun
+    from wisecli.memory.shard import RunFolder
 
 _SHOWN_FAILURES = 10
 
@@ -27,9 +28,14 @@ def edit(
     layer: Annotated[str, typer.Option(help="Decoder layer to edit: auto or a number.")] = "auto",
     module: Annotated[str | None, typer.Option(help="Module path of the matrix, instead of a search.")] = None,
     shards: Annotated[
-        int | None,
-        typer.Option(help="Slices of the stream, each with its own mask. Default: 2, or 1 for a single edit."),
+        str | None,
+        typer.Option(
+            metavar="N|FOLDER",
+            help="Slices of the stream, each with its own mask (default: 2, or 1 for a single edit); or the folder of "
+            "an earlier run to add the stream to, with that run's settings.",
+        ),
     ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", help="Shards learned side by side, each in its own process.")] = 1,
     mask_density: Annotated[float, typer.Option(help="Share of trainable entries per shard.")] = 0.2,
     schedule: Annotated[str, typer.Option(help="rehearsal, or published: the paper's way.")] = "rehearsal",
     max_steps: Annotated[
@@ -67,6 +73,7 @@ def edit(
         from wisecli.data.datasets import read_dataset
         from wisecli.memory.files import ensure_writable
 
+        count, older = _count_or_run(ctx, shards)
         located, stream = read_dataset(edits, limit)
         _report_clashes(sink, stream)
         more = opt.read_pool(pool)
@@ -78,7 +85,7 @@ def edit(
             dtype=dtype,
             layer=layer if layer == "auto" else _number(layer),
             module=module,
-            shards=shards,
+            shards=count,
             mask_density=mask_density,
             seed=seed,
             schedule=schedule,
@@ -88,18 +95,61 @@ def edit(
             max_steps=max_steps,
             lr=lr,
         )
+        if older is not None:
+            out = older.path
+            loading, settings, texts = _as_before(ctx, older, len(stream), loading, settings)
         ensure_writable(out)
         from wisecli.editing.run import EditRun
         from wisecli.models.base import load_base
 
-        base = load_base(loading.pop("model"), **loading, device=device, trust_remote_code=trust_remote_code)
-        run = EditRun(base, stream, opt.edit_config(stream, base, **settings), out, extra_pool=more, texts=texts)
+        loading |= {"name": loading.pop("model"), "device": device, "trust_remote_code": trust_remote_code}
+        base = load_base(**loading)
+        config_of_run = opt.edit_config(stream, base, **settings)
+        run = EditRun(base, stream, config_of_run, out, extra_pool=more, texts=texts, append=older is not None)
         _introduce(sink, run, located.path)
-        entries = _learn(sink, run)
+        entries = _learn(sink, run, jobs, loading)
         alike = run.settled.alike
         _summarise(sink, entries, alike, verbose)
         sink.line(f"Wrote {out}. Next:", command=f"wise merge {out} -o sm.safetensors")
         sink.result(_document(run, entries, alike, out), str(out))
+
+
+def _count_or_run(ctx: typer.Context, shards: str | None) -> tuple[int | None, RunFolder | None]:
+    """What --shards says: how many there shall be, or the run that is added to."""
+    if shards is None:
+        return None, None
+    try:
+        return int(shards), None
+    except ValueError:
+        from wisecli.errors import UsageError
+        from wisecli.memory.shard import RunFolder
+
+        if _given(ctx, "out"):
+            raise UsageError(
+                f"--shards {shards} adds to that folder, and --out names another.", hint="Leave --out out."
+            ) from None
+        return None, RunFolder.open(Path(shards))
+
+
+def _as_before(
+    ctx: typer.Context, older: RunFolder, edits: int, loading: dict[str, Any], settings: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """How to load the base and learn so many more edits as the run began; what the command line says goes before it.
+
+    Shards are about as large as the run's first ones.
+    """
+    run, first = older.run, older.streams[0]
+    recorded = {"model": run["base"]["name"], "revision": run["base"].get("revision"), "dtype": run["base"]["dtype"]}
+    loading = {k: v if _given(ctx, k) else recorded[k] for k, v in loading.items()}
+    size = first["edits"] / first["shards"]
+    known = run["config"] | {"shards": max(1, round(edits / size))}
+    return loading, {k: settings[k] if k in settings and _given(ctx, k) else v for k, v in known.items()}, run["texts"]
+
+
+def _given(ctx: typer.Context, name: str) -> bool:
+    """Whether an option was given on the command line."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE" and name != "shards"
 
 
 def _number(layer: str) -> int:
@@ -134,16 +184,18 @@ def _introduce(sink: Output, run: EditRun, source: Path) -> None:
     )
 
 
-def _learn(sink: Output, run: EditRun) -> list[dict[str, Any]]:
+def _learn(sink: Output, run: EditRun, jobs: int, loading: dict[str, Any]) -> list[dict[str, Any]]:
+    from wisecli.editing.parallel import learn_side_by_side
+
     entries: list[dict[str, Any]] = []
     if run.finished:
         sink.line(f"Continuing: {run.finished} of {run.config.shards} shards are learned already.")
     with sink.progress() as bar:
         task = bar.add_task("learning", total=len(run.stream.records))
-        for step in run:
+        for step in learn_side_by_side(run, jobs, loading):
             bar.update(task, completed=step.done)
             entries += step.finished
-    return entries
+    return sorted(entries, key=lambda e: e["shard"])
 
 
 def _summarise(sink: Output, entries: list[dict[str, Any]], alike: Sequence[tuple[str, str]], verbose: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +23,12 @@ def merge(
     method: Annotated[str, typer.Option(help="ties, sign, linear, dare or dare-ties.")] = "ties",
     density: Annotated[float, typer.Option(help="Share of each shard's trained entries that is kept.")] = 1.0,
     weights: Annotated[str | None, typer.Option(help="One weight per shard, separated by commas.")] = None,
+    memories: Annotated[
+        int, typer.Option("--memories", help="Memories made of the shards, in groups; the router chooses among them.")
+    ] = 1,
+    retrieve: Annotated[
+        bool, typer.Option("--retrieve", help="WISE-Retrieve: one memory per shard, nothing is merged.")
+    ] = False,
     rehearse: Annotated[
         bool, typer.Option("--rehearse/--no-rehearse", help="Restore edits that merging disturbed.")
     ] = True,
@@ -51,10 +57,13 @@ def merge(
     """
     sink = Output(json, quiet)
     with sink.running():
+        from wisecli.errors import UsageError
         from wisecli.memory.calibration import check_scope
         from wisecli.memory.files import ensure_writable
         from wisecli.memory.shard import RunFolder
 
+        if retrieve and memories != 1:
+            raise UsageError("--retrieve makes a memory of every shard.", hint="Leave --memories or --retrieve out.")
         run = RunFolder.open(shards)
         factors = _weights(weights)
         check_scope(scope)
@@ -65,29 +74,37 @@ def merge(
         if calibrate:
             base = opt.base_of(run.run["base"], model, revision, dtype, device, trust_remote_code)
         how = {"method": method, "density": density, "weights": factors, "rehearse": rehearse, "scope": scope}
-        side_memory = merge_run(run, base=base, **how)
+        side_memory = merge_run(run, base=base, memories=None if retrieve else memories, **how)
         side_memory.save(out)
         _warn_open(sink, side_memory)
-        memory = side_memory.memories[0]
-        took = sum(e.took for e in side_memory.edits)
-        sink.facts(
-            [
-                ("shards", f"{run.n_shards} from {shards}, merged by {method}"),
-                ("edits", f"{len(side_memory.edits)}, {took} took{_rehearsed(memory.origin)}"),
-                (
-                    "delta",
-                    f"density {figure(memory.delta.density)} of {memory.delta.shape[0]} x {memory.delta.shape[1]}",
-                ),
-                ("scope", _scope(side_memory)),
-                ("thresholds", ", ".join(f"{k} {figure(v)}" for k, v in memory.epsilon.items())),
-                ("router", side_memory.router),
-            ]
-        )
+        sink.facts(_facts(side_memory, f"{run.n_shards} from {shards}, merged by {method}"))
         sink.line(
             f"Wrote {out} ({out.stat().st_size / 1e6:.2f} MB). Next:",
             command=f"wise chat --side-memory {out}",
         )
         sink.result({"out": str(out), "bytes": out.stat().st_size, "manifest": side_memory.manifest()}, str(out))
+
+
+def _facts(side_memory: SideMemory, shards: str) -> list[tuple[str, str]]:
+    memories = side_memory.memories
+    took = sum(e.took for e in side_memory.edits)
+    rows, columns = memories[0].delta.shape
+    density = _range([m.delta.density for m in memories])
+    thresholds = {k: [m.epsilon[k] for m in memories if k in m.epsilon] for k in memories[0].epsilon}
+    return [
+        ("shards", shards),
+        ("edits", f"{len(side_memory.edits)}, {took} took{_rehearsed(memories[0].origin)}"),
+        ("memories", f"{len(memories)}, density {density} of {rows} x {columns}"),
+        ("scope", _scope(side_memory)),
+        ("thresholds", ", ".join(f"{k} {_range(v)}" for k, v in thresholds.items())),
+        ("router", side_memory.router),
+    ]
+
+
+def _range(values: Sequence[float]) -> str:
+    """One figure, or the smallest and the largest where they differ."""
+    low, high = figure(min(values)), figure(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def _scope(side_memory: SideMemory) -> str:
@@ -101,7 +118,7 @@ def _scope(side_memory: SideMemory) -> str:
 
 def _warn_open(sink: Output, side_memory: SideMemory) -> None:
     """The published router can come out with a gate that keeps next to nothing out."""
-    if side_memory.router != "activation":
+    if side_memory.router != "activation" or len(side_memory.memories) > 1:
         return
     ordinary = side_memory.statistics["activation"]["out_of_scope"]
     epsilon = side_memory.memories[0].epsilon["activation"]

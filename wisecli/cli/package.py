@@ -9,8 +9,10 @@ import typer
 
 from wisecli.cli import _options as opt
 from wisecli.cli._output import Output, figure
+from wisecli.errors import UsageError
 
 if TYPE_CHECKING:
+    from wisecli.hub import Pushed
     from wisecli.memory.side_memory import SideMemory
     from wisecli.models.base import Base
     from wisecli.packaging import Measured, PackageReport
@@ -32,6 +34,10 @@ def package(
     ] = True,
     licence: Annotated[str | None, typer.Option("--license", help="Licence id for the card, such as mit.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing package.")] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="REPO", help="Upload it to the hub: ORG/NAME or ORG/NAME@BRANCH.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository, with --push.")] = False,
     model: opt.Model = None,
     revision: opt.Revision = None,
     dtype: opt.Dtype = "auto",
@@ -46,6 +52,9 @@ def package(
     """
     sink = Output(json, quiet)
     with sink.running():
+        if private and push is None:
+            raise UsageError("--private is of no use without --push.", hint="Add --push ORG/NAME, or leave it out.")
+        from wisecli import hub
         from wisecli.memory.files import read_json
         from wisecli.memory.side_memory import SideMemory
         from wisecli.packaging import check_request, package_side_memory
@@ -54,6 +63,8 @@ def package(
         sm = SideMemory.load(side_memory_file(side_memory))
         results = read_json(evaluation) if evaluation is not None else None
         check_request(out, evaluation=results, licence=licence, force=force, side_memory=sm)
+        if push is not None:
+            hub.check_push(push, private)
         _warn(sink, sm)
         measured = None
         if measure:
@@ -63,7 +74,9 @@ def package(
             sm, out, ledger=ledger, measured=measured, evaluation=results, licence=licence, force=force
         )
         _show(sink, report)
-        sink.result(report.to_json(), str(out))
+        pushed = hub.push(out, push, private=private) if push is not None else None
+        _next(sink, report, pushed)
+        sink.result({**report.to_json(), "pushed": pushed.to_json() if pushed else None}, str(out))
 
 
 def _warn(sink: Output, sm: SideMemory) -> None:
@@ -98,4 +111,12 @@ def _show(sink: Output, report: PackageReport) -> None:
         facts.append(("reliability", m.reason or asked))
         facts.append(("gate", f"opens for {figure(m.opened)} of {m.ordinary} ordinary prompts"))
     sink.facts(facts)
-    sink.line(f"Wrote {report.out}. Next:", command=f"wise chat --side-memory {report.out}")
+
+
+def _next(sink: Output, report: PackageReport, pushed: Pushed | None) -> None:
+    if pushed is None:
+        sink.line(f"Wrote {report.out}. Next:", command=f"wise chat --side-memory {report.out}")
+        return
+    sink.line(f"Pushed {report.out} to {pushed.url}, commit {pushed.commit or 'unknown'}.")
+    name = f"{pushed.repo}@{pushed.commit}" if pushed.commit else pushed.repo
+    sink.line("Next:", command=f"wise chat --side-memory {name}")

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,15 +29,15 @@ from wisecli.editing.rehearsal import Outcome, Rehearsal
 from wisecli.editing.rewording import Rewording
 from wisecli.memory.bits import SparseDelta, draw_mask
 from wisecli.memory.keys import alike, crowding
-from wisecli.memory.shard import FORMAT_VERSION, RUN_FORMAT, Gate, Shard
+from wisecli.memory.shard import FAILED, FORMAT_VERSION, RUN_FORMAT, SUPERSEDED, TOOK, Gate, Shard
 from wisecli.models.base import Base, context_of, fingerprint
 from wisecli.models.prompts import PromptEncoder
 from wisecli.models.site import find_site
 from wisecli.models.upper import UpperModel
 from wisecli.versions import versions
 
+T = TypeVar("T")
 KINDRED = 0.3  # how alike a pool fact of an edit's kind must be to it; nine in ten find one of their kind so close
-TOOK, FAILED, SUPERSEDED = "took", "failed", "superseded"
 
 
 class Editor:
@@ -134,9 +134,9 @@ class Editor:
         limit = context_of(self.base.model)
         return capture_edits(self.upper, records, self.config.contexts, self.config.seed, limit)
 
-    def open(self, index: int, stream: EditStream) -> OpenShard:
-        """A new, empty shard; no prompt of the stream, edit or probe, will serve as one of its negatives."""
-        return OpenShard(self, index, every_prompt(stream))
+    def open(self, index: int, stream: EditStream, earlier: Sequence[EditRecord] = ()) -> OpenShard:
+        """A new, empty shard; no prompt of the stream, edit or probe, nor of earlier edits will be a negative of it."""
+        return OpenShard(self, index, every_prompt(stream) | {r.prompt for r in earlier})
 
     def learn(self, stream: EditStream) -> list[Shard]:
         """The shards of a whole stream, in memory."""
@@ -165,8 +165,7 @@ class Editor:
             "site": asdict(self.site),
             "content_rule": self.encoder.rule.to_json(),
             "config": self.config.to_json(),
-            "n_shards": self.config.shards,
-            "stream": {"digest": stream.digest, "edits": len(stream.records), "format": stream.format},
+            "streams": [describe_stream(stream, self.config.shards, {})],
             "pool": self._pool_digest,
             "texts": self.texts,
             "versions": versions(),
@@ -205,21 +204,29 @@ class OpenShard:
         self.captured: list[CapturedEdit] = []
         self.by: dict[str, str | None] = {}
 
-    def learn(self, records: Sequence[EditRecord], superseded: Mapping[str, str | None] | None = None) -> Iterator[int]:
+    def learn(
+        self,
+        records: Sequence[EditRecord],
+        superseded: Mapping[str, str | None] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Iterator[int]:
         """Learn a whole slice, block by block, yielding how many of its records have arrived.
 
         Args:
             records: of the slice.
             superseded: ids that are not learned, each with the edit that takes its place.
+            state: the learner's, to go on from.
         """
         self.by = superseded = dict(superseded or {})
         places = [i for i, r in enumerate(records) if r.id not in superseded]
         captured = self.editor.capture([records[i] for i in places])
+        if state is not None:
+            self.learner.load_state(captured[: len(state["steps"])], state)
         for arrived in self.learner.learn(captured):
             here = places[arrived - 1] + 1
             self.records, self.captured = list(records[:here]), captured[:arrived]
             yield here
-        self.records = list(records)
+        self.records, self.captured = list(records), captured
 
     def arrive(self, record: EditRecord) -> None:
         """Learn one more edit, whenever it comes. One that asks what earlier edits ask takes their place."""
@@ -285,12 +292,18 @@ class OpenShard:
         }
 
 
+def describe_stream(stream: EditStream, shards: int, supersedes: Mapping[str, str]) -> dict[str, Any]:
+    """What run.json says of a stream: which it is, its shards, and the edits of earlier streams that it replaces."""
+    about = {"digest": stream.digest, "edits": len(stream.records), "format": stream.format}
+    return {**about, "shards": shards, "supersedes": dict(supersedes)}
+
+
 def every_prompt(stream: EditStream) -> set[str]:
     """Every prompt of a stream: edits, rephrases and probes."""
     return {text for r in stream.records for text in (r.prompt, *r.rephrases, *(p.prompt for p in r.locality))}
 
 
-def slices(records: Sequence[EditRecord], n: int) -> list[Sequence[EditRecord]]:
+def slices(records: Sequence[T], n: int) -> list[Sequence[T]]:
     """`n` consecutive slices whose sizes differ by at most one."""
     bounds = [len(records) * i // n for i in range(n + 1)]
     return [records[a:b] for a, b in pairwise(bounds)]

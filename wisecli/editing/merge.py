@@ -19,7 +19,7 @@ from wisecli.data.pool import ordinary_prompts
 from wisecli.data.records import EditRecord
 from wisecli.editing.batch import CapturedEdit, capture_edits
 from wisecli.editing.config import EditConfig
-from wisecli.editing.editor import FAILED, SUPERSEDED, TOOK
+from wisecli.editing.editor import slices
 from wisecli.editing.rehearsal import Rehearsal, batches
 from wisecli.errors import BaseMismatch, InputError, UsageError
 from wisecli.memory.bits import SparseDelta
@@ -32,8 +32,8 @@ from wisecli.memory.calibration import (
 from wisecli.memory.indicator import activation_indicator
 from wisecli.memory.keys import KeyStore, crowding, score
 from wisecli.memory.merge import METHODS, merge_deltas
-from wisecli.memory.shard import Gate, RunFolder, Shard
-from wisecli.memory.side_memory import EditEntry, Memory, SideMemory
+from wisecli.memory.shard import FAILED, SUPERSEDED, TOOK, WITHDRAWN, Gate, RunFolder, Shard
+from wisecli.memory.side_memory import MAIN_MEMORY, EditEntry, Memory, SideMemory
 from wisecli.models.base import Base, matches
 from wisecli.models.prompts import ContentRule, PromptEncoder, Row
 from wisecli.models.site import EditSite
@@ -47,6 +47,8 @@ class MergeConfig:
 
     Attributes:
         method, weights: see `merge_deltas`.
+        memories: how many memories the shards make, in consecutive groups that are merged each on its own; None for one
+            per shard (WISE-Retrieve).
         density: share of each shard's *trained* entries that trimming or dropping keeps.
         rehearse: restore the edits that merging disturbed; needs the base and the texts of the edits, and is left out
             for the published schedule.
@@ -55,6 +57,7 @@ class MergeConfig:
     """
 
     method: str = "ties"
+    memories: int | None = 1
     density: float = 1.0
     weights: Sequence[float] | None = None
     rehearse: bool = True
@@ -63,7 +66,7 @@ class MergeConfig:
 
 
 def merge_run(run: RunFolder, *, base: Base | None = None, **options: Any) -> SideMemory:
-    """Merge all shards of a run into a side memory with one memory.
+    """Merge all shards of a run into a side memory.
 
     Args:
         run: a finished run folder.
@@ -76,7 +79,8 @@ def merge_run(run: RunFolder, *, base: Base | None = None, **options: Any) -> Si
     """
     upper = _upper(run, base, EditConfig.from_json(run.run["config"])) if base is not None else None
     try:
-        return merge_shards(run.shards(), run.gate(), run.run, upper=upper, how=MergeConfig(**options))
+        shards = [replace(s, edits=tuple(run.outcome_of(e) for e in s.edits)) for s in run.shards()]
+        return merge_shards(shards, run.gate(), run.run, upper=upper, how=MergeConfig(**options))
     except InputError as e:
         raise InputError(f"{run.path}: {e.message}", hint=e.hint, problems=e.problems) from e
 
@@ -102,21 +106,71 @@ def merge_shards(
     """
     how = how or MergeConfig()
     config = EditConfig.from_json(run["config"])
+    groups = _groups(shards, how)
+    merged = [_merge_group(upper, run, config, i, group, how) for i, group in enumerate(groups)]
+    entries = tuple(e for m in merged for e in m.entries)
+    keys = _keys(gate, shards, entries)
+    if not len(keys.owner):
+        raise InputError("there is no learned edit.", hint="Run wise edit again with other edits.")
+    calibrated = _calibrate_keys(gate, shards, keys, how.scope)
+    statistics: dict[str, Any] = {"key": calibrated.statistics}
+    scopes = {name: s["epsilon"] for name, s in calibrated.statistics["scopes"].items()}
+    activations = _calibrate_activation(upper, config, merged) if upper is not None else [None] * len(merged)
+    if any(activations):
+        found = [None if a is None else a.statistics for a in activations]
+        statistics["activation"] = found[0] if len(found) == 1 else {"memories": found}
+    memories = []
+    for m, activation in zip(merged, activations, strict=True):
+        epsilon = {"key": calibrated.epsilon} | ({"activation": activation.epsilon} if activation else {})
+        memories.append(Memory(m.delta, epsilon, tuple(e.id for e in m.entries), m.origin, scopes))
+    by_activation = config.schedule == "published" and all("activation" in m.epsilon for m in memories)
+    return SideMemory(
+        base=run["base"],
+        site=EditSite(**run["site"]),
+        rule=ContentRule.from_json(run["content_rule"]),
+        memories=tuple(memories),
+        keys=keys,
+        edits=entries,
+        router="activation" if by_activation else "key",
+        chat=config.chat,
+        config=config.to_json(),
+        statistics=statistics,
+        versions=versions(),
+    )
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """One memory in the making: its delta, its edits with their outcome under it, how it came about."""
+
+    delta: SparseDelta
+    entries: tuple[EditEntry, ...]
+    origin: Mapping[str, Any]
+
+
+def _groups(shards: Sequence[Shard], how: MergeConfig) -> list[Sequence[Shard]]:
+    """The shards of each memory."""
+    n = len(shards) if how.memories is None else how.memories
+    if not 1 <= n <= len(shards):
+        raise UsageError(f"{len(shards)} shards cannot make {n} memories.", hint=f"Use --memories 1 to {len(shards)}.")
+    if how.weights is not None and n > 1:
+        raise UsageError("--weights are of shards that make one memory.", hint="Leave --memories or --weights out.")
+    return [group for group in slices(shards, n) if group]
+
+
+def _merge_group(
+    upper: UpperModel | None,
+    run: Mapping[str, Any],
+    config: EditConfig,
+    index: int,
+    shards: Sequence[Shard],
+    how: MergeConfig,
+) -> _Merged:
     trims = METHODS[_known(how.method)].trim and 0 < how.density < 1
     share = how.density * config.mask_density if trims else how.density
     deltas = [s.delta.dense() for s in shards]
     merged = merge_deltas(deltas, how.method, density=share, weights=how.weights, seed=config.seed)
-    delta, entries, steps = _settle(upper, run, config, merged, _entries(shards), how)
-    keys = _keys(gate, shards)
-    if not len(keys.owner):
-        raise InputError("there is no learned edit.", hint="Run wise edit again with other edits.")
-    calibrated = _calibrate_keys(gate, shards, keys, how.scope)
-    epsilon, statistics = {"key": calibrated.epsilon}, {"key": calibrated.statistics}
-    scopes = {name: s["epsilon"] for name, s in calibrated.statistics["scopes"].items()}
-    if upper is not None:
-        activation = _calibrate_activation(upper, config, entries, delta.dense())
-        if activation is not None:
-            epsilon["activation"], statistics["activation"] = activation.epsilon, activation.statistics
+    delta, entries, steps = _settle(upper, run, config, merged, _entries(shards, index), how)
     origin = {
         "method": how.method,
         "density": how.density,
@@ -126,19 +180,7 @@ def merge_shards(
         "rehearsal_steps": steps or 0,
         "shards": [{"index": s.index, "mask_seed": s.mask_seed, "edits": len(s.edits)} for s in shards],
     }
-    return SideMemory(
-        base=run["base"],
-        site=EditSite(**run["site"]),
-        rule=ContentRule.from_json(run["content_rule"]),
-        memories=(Memory(delta, epsilon, tuple(e.id for e in entries), origin, scopes),),
-        keys=keys,
-        edits=entries,
-        router="activation" if config.schedule == "published" and "activation" in epsilon else "key",
-        chat=config.chat,
-        config=config.to_json(),
-        statistics=statistics,
-        versions=versions(),
-    )
+    return _Merged(delta, entries, origin)
 
 
 def _settle(
@@ -182,12 +224,15 @@ def _upper(run: RunFolder, base: Base, config: EditConfig) -> UpperModel:
     return UpperModel(base.model, run.site, PromptEncoder(base.tokenizer, chat=config.chat))
 
 
-def _entries(shards: Sequence[Shard]) -> tuple[EditEntry, ...]:
+def _entries(shards: Sequence[Shard], memory: int) -> tuple[EditEntry, ...]:
+    """The edits of the shards as their memory knows them; withdrawn ones belong to main memory."""
     entries = []
     for shard in shards:
         for e in shard.edits:
             details: dict[str, Any] = {"shard": shard.index, "outcome": e["outcome"], "steps": e["steps"]}
-            entries.append(EditEntry(e["id"], 0, e["outcome"] == TOOK, e.get("prompt"), e.get("target"), details))
+            details |= {"by": e["by"]} if e.get("by") else {}
+            place = MAIN_MEMORY if e["outcome"] == WITHDRAWN else memory
+            entries.append(EditEntry(e["id"], place, e["outcome"] == TOOK, e.get("prompt"), e.get("target"), details))
     return tuple(entries)
 
 
@@ -198,8 +243,8 @@ def _known(method: str) -> str:
 
 
 def _capture(upper: UpperModel, config: EditConfig, entries: Sequence[EditEntry]) -> list[CapturedEdit]:
-    """All edits that were learned, with the same rows as while editing."""
-    live = [e for e in entries if e.details["outcome"] != SUPERSEDED]
+    """All edits in force, with the same rows as while editing."""
+    live = [e for e in entries if e.details["outcome"] not in (SUPERSEDED, WITHDRAWN)]
     records = [EditRecord(e.id, str(e.prompt), str(e.target)) for e in live]
     return capture_edits(upper, records, config.contexts, config.seed)
 
@@ -225,13 +270,18 @@ def _asked_again(
     )
 
 
-def _keys(gate: Gate, shards: Sequence[Shard]) -> KeyStore:
-    """The keys of all learned edits, and how crowded each edit is: by its bare prompt, among prompts about no edit."""
+def _keys(gate: Gate, shards: Sequence[Shard], entries: Sequence[EditEntry]) -> KeyStore:
+    """The keys of all edits in force, and how crowded each edit is: by its bare prompt, among prompts about no edit.
+
+    A withdrawn edit keeps its keys: what comes nearest to it is main memory's. A superseded one has none.
+    """
     owners, seen = [], 0
     for shard in shards:
         owners.append(shard.owner + seen)
         seen += len(shard.edits)
     vectors, owner = torch.cat([s.keys for s in shards]), torch.cat(owners)
+    kept = torch.tensor([e.details["outcome"] != SUPERSEDED for e in entries], dtype=torch.bool)[owner]
+    vectors, owner = vectors[kept], owner[kept]
     crowded = torch.zeros(seen)
     first = _first_of_each(owner)
     crowded[owner[first]] = crowding(vectors[first].float(), gate.ordinary(_about(shards)))
@@ -275,17 +325,19 @@ def _own_scores(keys: KeyStore) -> Tensor:
 
 
 @torch.no_grad()
-def _calibrate_activation(
-    upper: UpperModel, config: EditConfig, entries: Sequence[EditEntry], delta: Tensor
-) -> Calibration | None:
-    prompts = [e.prompt for e in entries if e.took and e.prompt is not None]
-    if not prompts:
-        return None
-    delta = delta.to(upper.model.device)
-    inside, outside = (
-        _indicators(upper, [upper.encoder.prompt(p) for p in texts], delta) for texts in (prompts, ordinary_prompts())
-    )
-    return activation_threshold(inside, outside, config.act_ratio)
+def _calibrate_activation(upper: UpperModel, config: EditConfig, merged: Sequence[_Merged]) -> list[Calibration | None]:
+    """The activation router's threshold of each memory; None for one in which no edit took."""
+    rows = [upper.encoder.prompt(p) for p in ordinary_prompts()]
+    found: list[Calibration | None] = []
+    for m in merged:
+        prompts = [e.prompt for e in m.entries if e.took and e.prompt is not None]
+        delta = m.delta.dense().to(upper.model.device)
+        if not prompts:
+            found.append(None)
+            continue
+        inside = _indicators(upper, [upper.encoder.prompt(p) for p in prompts], delta)
+        found.append(activation_threshold(inside, _indicators(upper, rows, delta), config.act_ratio))
+    return found
 
 
 def _indicators(upper: UpperModel, rows: Sequence[Row], delta: Tensor) -> Tensor:

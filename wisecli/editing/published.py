@@ -12,7 +12,7 @@ move entries outside the mask.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +47,8 @@ class Published:
 
     def learn(self, edits: Sequence[CapturedEdit]) -> Generator[int, None, list[Outcome]]:
         """Learn edits in order; yields how many are done, returns one outcome per edit at the end of the stream."""
-        for i, edit in enumerate(edits):
-            self.arrive([edit])
+        for i in range(len(self.steps), len(edits)):
+            self.arrive([edits[i]])
             yield i + 1
         return self.outcomes()
 
@@ -74,6 +74,16 @@ class Published:
     def result(self) -> Tensor:
         """The delta [D, F], exactly zero outside the mask."""
         return self.delta.detach() * self.mask
+
+    def state(self) -> dict[str, Tensor]:
+        """All that learning goes on from, between two edits; the captured edits apart."""
+        return {"delta": self.delta.detach()[self.mask != 0], "steps": torch.tensor(self.steps)}
+
+    @torch.no_grad()
+    def load_state(self, edits: Sequence[CapturedEdit], state: Mapping[str, Tensor]) -> None:
+        """Go on from a state in which these edits had arrived."""
+        self.delta[self.mask != 0] = state["delta"].to(self.delta.device)
+        self.edits, self.steps = list(edits), state["steps"].tolist()
 
     def _irrelevant(self, edit: CapturedEdit, i: int) -> CapturedRow:
         """x_i of eq. 5: the record's own irrelevant text, else an ordinary prompt."""

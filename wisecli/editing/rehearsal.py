@@ -15,7 +15,7 @@ would (`rewording`). The same loop, started from a merged delta, restores what m
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -96,9 +96,10 @@ class Rehearsal:
     def learn(self, edits: Sequence[CapturedEdit]) -> Generator[int, None, list[Outcome]]:
         """Learn edits in blocks, in order, then go over all until each holds or the cap is reached.
 
-        Yields the number of edits that have arrived so far; returns one outcome per edit.
+        Edits that have arrived already, as after `load_state`, are not learned again. Yields the number of edits that
+        have arrived so far; returns one outcome per edit.
         """
-        for at in range(0, len(edits), self.config.block):
+        for at in range(len(self.steps), len(edits), self.config.block):
             block = edits[at : at + self.config.block]
             self.arrive(block)
             yield at + len(block)
@@ -118,7 +119,7 @@ class Rehearsal:
 
     def arrive(self, block: Sequence[CapturedEdit]) -> None:
         """Learn edits that arrive together, keeping the earlier ones alive."""
-        before = self._state()
+        before = self._here()
         first = self._admit(block)
         self._practise(first, len(self.rows), first)
         if self._set_aside(range(len(self.steps) - len(block), len(self.steps))):
@@ -149,13 +150,47 @@ class Rehearsal:
         """The delta [D, F], exactly zero outside the mask."""
         return self.delta.detach() * self.mask
 
+    def state(self) -> dict[str, Tensor]:
+        """All that learning goes on from, between two blocks; the captured edits apart."""
+        inside = self.mask != 0
+        momentum = self.optimiser.state[self.delta].get("momentum_buffer")
+        return {
+            "delta": self.delta.detach()[inside],
+            "momentum": torch.empty(0) if momentum is None else momentum[inside],
+            "lr": torch.tensor([g["lr"] for g in self.optimiser.param_groups], dtype=torch.float64),
+            "noise": self.noise.get_state(),
+            "generator": self.generator.get_state(),
+            "worst": self.worst,
+            "right": self.right,
+            "held_at": self.held_at,
+            "aside": self.aside,
+            "steps": torch.tensor(self.steps),
+        }
+
+    @torch.no_grad()
+    def load_state(self, edits: Sequence[CapturedEdit], state: Mapping[str, Tensor]) -> None:
+        """Go on from a state in which these edits had arrived."""
+        inside = self.mask != 0
+        self._admit(edits)
+        self.delta[inside] = state["delta"].to(self.delta.device)
+        if len(state["momentum"]):
+            momentum = torch.zeros_like(self.delta)
+            momentum[inside] = state["momentum"].to(self.delta.device)
+            self.optimiser.state[self.delta]["momentum_buffer"] = momentum
+        for group, lr in zip(self.optimiser.param_groups, state["lr"].tolist(), strict=True):
+            group["lr"] = lr
+        self.noise.set_state(state["noise"])
+        self.generator.set_state(state["generator"])
+        self.worst, self.right = state["worst"], state["right"]
+        self.held_at, self.aside, self.steps = state["held_at"], state["aside"], state["steps"].tolist()
+
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> list[Outcome]:
         self._consolidate(len(self.steps))
         late = self.aside.nonzero()[:, 0].tolist()
         if late:
-            before = self._state()
+            before = self._here()
             self.aside[late] = False
             self._consolidate(max(_LATE, len(late)))
             self._sweep(range(len(self.rows)))
@@ -167,7 +202,7 @@ class Rehearsal:
         self._sweep(range(len(self.rows)))
         return self.outcomes()
 
-    def _state(self) -> tuple[Tensor, ...]:
+    def _here(self) -> tuple[Tensor, ...]:
         """Delta and momentum as they are, to go back to."""
         momentum = self.optimiser.state[self.delta].get("momentum_buffer")
         return tuple(t.detach().clone() for t in (self.delta, momentum) if t is not None)

@@ -1,29 +1,38 @@
-"""Learn a stream of edits into a run folder, shard by shard.
+"""Learn a stream of edits into a run folder, shard by shard, and go on with it later.
 
 The stream is cut into consecutive slices; each slice has its own seeded mask and is learned on its own, so shards do
-not depend on one another. A shard is written when it is finished, its ledger lines after it. Running the same command
-again continues with the shards that are missing and gives the same bytes as one uninterrupted run.
+not depend on one another and may be learned side by side. A shard in the making is written down every now and then and
+taken up from there: running the same command again gives the same bytes as one uninterrupted run. Another stream can be
+added to a finished one; it gets shards of its own, and those that are there stay as they are.
 
 A record that a later record contradicts (the same prompt, or by the gate's judgement the same fact, with another
-target) is not learned: the later edit wins, and the ledger says so.
+target) is not learned: the later edit wins, and the ledger says so. One of an earlier stream, which was learned, is
+given up when the shards are merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from wisecli.data.records import EditRecord
 from wisecli.data.stream import EditStream
 from wisecli.editing.config import EditConfig
 from wisecli.editing.conflicts import Conflicts
-from wisecli.editing.editor import Editor, OpenShard, slices
+from wisecli.editing.editor import Editor, OpenShard, describe_stream, slices
 from wisecli.errors import InputError, UsageError
-from wisecli.memory.files import ensure_writable
-from wisecli.memory.shard import RunFolder, Shard
+from wisecli.memory.files import ensure_writable, load_tensors, save_tensors
+from wisecli.memory.shard import RunFolder
 from wisecli.models.base import Base
+
+_RARELY = 30  # times the cost of writing a shard in the making passes before it is written again
+_SAME = ("base", "site", "config", "pool", "texts")
 
 
 @dataclass(frozen=True)
@@ -41,14 +50,16 @@ class EditRun:
     Args:
         base: loaded base.
         stream: records to learn, in order.
-        config: of the run.
+        config: of the run; its `shards` are those of this stream.
         out: the run folder; made when absent, continued when it holds the same run.
         extra_pool: more ordinary prompts to whiten and calibrate on.
         texts: keep prompts and targets in the shards and the ledger; ids alone otherwise.
+        append: add the stream to those that the folder holds.
+        checkpoints: write a shard in the making down every now and then.
 
     Raises:
         InputError: the folder holds another run, or a record does not fit the base.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or another process writes there.
     """
 
     def __init__(
@@ -60,8 +71,11 @@ class EditRun:
         *,
         extra_pool: Sequence[str] = (),
         texts: bool = True,
+        append: bool = False,
+        checkpoints: bool = True,
     ) -> None:
         self.base, self.stream, self.config, self.texts = base, stream, config, texts
+        self.append, self.checkpoints, self.extra_pool = append, checkpoints, tuple(extra_pool)
         if not stream.records:
             raise InputError("There are no edits to learn.")
         if config.shards > len(stream.records):
@@ -72,6 +86,7 @@ class EditRun:
         self.editor = Editor(base, config, extra_pool=extra_pool, texts=texts)
         self.site = self.editor.site
         self.open: OpenShard | None = None
+        ensure_writable(out)
         self.folder = self._take_up(out)
 
     def __iter__(self) -> Iterator[Progress]:
@@ -79,61 +94,154 @@ class EditRun:
 
         Between two steps `open` is the shard being learned, None at the end.
         """
-        total = len(self.stream.records)
-        done = 0
-        for index, records in enumerate(slices(self.stream.records, self.config.shards)):
-            path = self.folder.shard_path(index)
-            if not path.exists():
-                self._ready_gate()
-                self.open = self.editor.open(index, self.stream)
-                for arrived in self.open.learn(records, self.settled.superseded):
-                    yield Progress(done + arrived, total)
-                self.open.shard().save(path)
-                self.open = None
-            done += len(records)
-            yield Progress(done, total, self._record(Shard.load(path)))
+        total, done = len(self.stream.records), 0
+        with self.folder.lock():
+            for index, records in self.slices.items():
+                if not self.folder.shard_path(index).exists():
+                    for arrived in self.learn_shard(index):
+                        yield Progress(done + arrived, total)
+                done += len(records)
+                lines = self.folder.write_ledger()
+                yield Progress(done, total, tuple(e for e in lines if e["shard"] == index))
 
-    @cached_property
-    def settled(self) -> Conflicts:
-        """Superseded edits with those that take their places, and the pairs that the gate cannot tell apart."""
-        self._ready_gate()
-        return self.editor.settle(self.stream)
+    def learn_shard(self, index: int) -> Iterator[int]:
+        """Learn one shard and write it, yielding how many of its edits have arrived. The caller holds the lock."""
+        self.prepare()
+        partial = self.folder.partial_path(index)
+        superseded = self.settled.superseded
+        self.open = self.editor.open(index, self.stream, self.earlier)
+        written, cost = time.monotonic(), 0.0
+        for arrived in self.open.learn(self.slices[index], superseded, self._state(partial)):
+            self.folder.note("learned", shard=index, done=arrived)
+            if self.checkpoints and time.monotonic() - written > _RARELY * cost:
+                started = time.monotonic()
+                save_tensors(partial, self.open.learner.state(), {"shard": index, "arrived": arrived})
+                written = time.monotonic()
+                cost = written - started
+            yield arrived
+        self.open.shard().save(self.folder.shard_path(index))
+        partial.unlink(missing_ok=True)
+        self.open = None
 
-    @property
-    def finished(self) -> int:
-        """Shards that are already learned."""
-        return sum(self.folder.shard_path(i).exists() for i in range(self.config.shards))
-
-    # -- the pieces ----------------------------------------------------------------------------------------------------
-
-    def _record(self, shard: Shard) -> tuple[dict[str, Any], ...]:
-        """The shard's ledger lines; those not yet in the ledger are appended."""
-        lines = tuple({"shard": shard.index, **e} for e in shard.edits)
-        known = {line["id"] for line in self.folder.ledger()}
-        self.folder.write_ledger([line for line in lines if line["id"] not in known])
-        return lines
-
-    def _ready_gate(self) -> None:
-        """The gate of the folder; worked out and written where there is none."""
+    def prepare(self) -> None:
+        """The gate of the folder, which all shards share; worked out and written where there is none."""
         if self.folder.gate_path.exists():
             self.editor.gate = self.folder.gate()
         else:
             self.editor.gate.save(self.folder.gate_path)
 
+    def arguments(self) -> dict[str, Any]:
+        """What makes the same run again on the same base, in another process."""
+        return {
+            "stream": self.stream,
+            "config": self.config,
+            "out": self.folder.path,
+            "extra_pool": self.extra_pool,
+            "texts": self.texts,
+            "checkpoints": self.checkpoints,
+        }
+
+    @cached_property
+    def slices(self) -> dict[int, Sequence[EditRecord]]:
+        """The records of each shard of this stream, by the shard's index in the folder."""
+        first = sum(s["shards"] for s in self.folder.streams[: self._position])
+        return dict(enumerate(slices(self.stream.records, self.config.shards), first))
+
+    @cached_property
+    def settled(self) -> Conflicts:
+        """Superseded edits with those that take their places, and the pairs that the gate cannot tell apart."""
+        self.prepare()
+        return self._settle(self.earlier)
+
+    @cached_property
+    def earlier(self) -> list[EditRecord]:
+        """The edits of earlier streams that this one may supersede, as far as their texts were kept."""
+        known = self.folder.learned_before(self._position)
+        return [EditRecord(e["id"], e["prompt"], e["target"], subject=e.get("subject")) for e in known]
+
+    @property
+    def finished(self) -> int:
+        """Shards of this stream that are already learned."""
+        return sum(self.folder.shard_path(i).exists() for i in self.slices)
+
+    # -- the pieces ----------------------------------------------------------------------------------------------------
+
+    def _settle(self, earlier: Sequence[EditRecord]) -> Conflicts:
+        """What clashes in this stream and with edits of earlier ones; what clashed among those alone is settled."""
+        found = self.editor.settle(EditStream.of([*earlier, *self.stream.records]))
+        mine, old = {r.id for r in self.stream}, {r.id for r in earlier}
+        superseded = {a: b for a, b in found.superseded.items() if a in mine or b in mine}
+        alike = tuple(pair for pair in found.alike if not old.issuperset(pair))
+        return Conflicts(superseded, alike)
+
+    def _state(self, partial: Path) -> Mapping[str, Tensor] | None:
+        """The state of a shard in the making; None where there is none, or it cannot be read."""
+        if not self.checkpoints or not partial.exists():
+            return None
+        try:
+            return load_tensors(partial)[0]
+        except InputError:
+            return None
+
     def _take_up(self, out: Path) -> RunFolder:
-        """Start the run folder, or take up the same run where it stopped."""
-        ensure_writable(out)
+        """Start the run folder, add to it, or take up the same run where it stopped."""
         run = self.editor.describe(self.stream)
         if not (out / "run.json").exists():
+            self._position = 0
             return RunFolder.create(out, run)
         folder = RunFolder.open(out)
-        changed = [k for k in ("base", "site", "stream", "config", "pool", "texts") if folder.run.get(k) != run[k]]
+        self._refuse_other(folder, run)
+        known = [s["digest"] for s in folder.streams]
+        if self.stream.digest in known:
+            self._position = known.index(self.stream.digest)
+            return self._same_slices(folder)
+        if not self.append:
+            raise InputError(
+                f"{out} already holds another run: its stream holds other edits.",
+                hint=f"Choose another folder with --out, or add these edits to it with --shards {out}.",
+            )
+        self._position = len(known)
+        return self._added(folder)
+
+    def _refuse_other(self, folder: RunFolder, run: Mapping[str, Any]) -> None:
+        old = {**folder.run, "config": {**folder.run["config"], "shards": None}}
+        new = {**run, "config": {**run["config"], "shards": None}}
+        changed = [k for k in _SAME if old.get(k) != new[k]]
         if changed:
             raise InputError(
-                f"{out} already holds another run: {_differences(folder.run, run, changed)}.",
+                f"{folder.path} already holds another run: {_differences(old, new, changed)}.",
+                hint="Choose another folder with --out, or delete this one to start anew.",
+            )
+
+    def _same_slices(self, folder: RunFolder) -> RunFolder:
+        shards = folder.streams[self._position]["shards"]
+        if shards != self.config.shards:
+            raise InputError(
+                f"{folder.path} already holds another run: config.shards was {shards} and is now {self.config.shards}.",
                 hint="Choose another folder with --out, or delete this one to start anew.",
             )
         return folder
+
+    def _added(self, folder: RunFolder) -> RunFolder:
+        """The folder with this stream in run.json, and what it supersedes.
+
+        Raises:
+            InputError: the folder's last stream is unfinished, or an id is taken.
+        """
+        folder.check_finished()
+        entries = folder.entries()
+        taken = {e["id"] for e in entries}.intersection(r.id for r in self.stream)
+        if taken:
+            raise InputError(
+                f"{len(taken)} of the edits have ids that {folder.path} holds already: {', '.join(sorted(taken)[:5])}.",
+                hint="Give them other ids, or leave out those that are learned.",
+            )
+        with folder.lock():
+            mine = describe_stream(self.stream, self.config.shards, {})
+            self.folder = RunFolder(folder.path, {**folder.run, "streams": [*folder.streams, mine]})
+            old = {r.id for r in self.earlier}
+            supersedes = {a: b for a, b in self.settled.superseded.items() if a in old}
+            return folder.update(streams=[*folder.streams, {**mine, "supersedes": supersedes}])
 
 
 def _differences(old: Any, new: Any, keys: Sequence[str]) -> str:
@@ -144,7 +252,7 @@ def _differences(old: Any, new: Any, keys: Sequence[str]) -> str:
         if not isinstance(a, dict) or not isinstance(b, dict):
             parts.append("the pool differs" if key == "pool" else f"{key} was {a!r} and is now {b!r}")
             continue
-        inner = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in ("digest", "fingerprint")]
+        inner = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k != "fingerprint"]
         parts += [f"{key}.{k} was {a.get(k)!r} and is now {b.get(k)!r}" for k in inner[:3]]
-        parts += [] if inner else [f"the {key} holds other {'edits' if key == 'stream' else 'weights'}"]
+        parts += [] if inner else [f"the {key} holds other weights"]
     return "; ".join(parts)

@@ -164,21 +164,22 @@ class Asker:
     def opened(self, attached: Attached, items: Sequence[Item]) -> Steps[list[Item]]:
         """The items with the answers that a gate always open would have let through.
 
-        What a memory answered anyway is not asked again. With several memories the nearest edit's takes the prompt.
+        What a memory answered anyway is not asked again. With several memories a prompt of an edit goes to the edit's
+        own, as an oracle would send it, and any other prompt to the nearest edit's.
         """
-        shut = [i for i in items if i.route is not None and not i.route.routed]
-        memory_of = {e.id: e.memory for e in attached.side_memory.edits}
-        by_memory: dict[int, list[str]] = {}
-        for item in shut:
-            nearest = item.route.edit if item.route is not None else None
-            by_memory.setdefault(memory_of.get(nearest or "", 0), []).append(item.question.prompt)
-        answers: dict[str, Answer] = {}
-        for memory, prompts in sorted(by_memory.items()):
-            asked = list(dict.fromkeys(prompts))
+        memory_of = {e.id: max(e.memory, 0) for e in attached.side_memory.edits}
+        due = {i: m for i, item in enumerate(items) if (m := _open_to(item, memory_of)) is not None}
+        answers: dict[tuple[int, str], Answer] = {}
+        for memory in sorted(set(due.values())):
+            asked = list(dict.fromkeys(items[i].question.prompt for i, m in due.items() if m == memory))
             with attached.override([memory]):
                 store = self.store_of(attached, {"open": memory})
-                answers |= yield from self._generate("gate open", asked, self._caps, None, store)
-        return [self._opened(i, answers) for i in items]
+                found = yield from self._generate("gate open", asked, self._caps, None, store)
+            answers |= {(memory, prompt): answer for prompt, answer in found.items()}
+        return [
+            self._opened(item, answers[due[i], item.question.prompt] if i in due else None)
+            for i, item in enumerate(items)
+        ]
 
     def ood(self, records: Iterable[EditRecord], attached: Attached | None) -> Steps[list[OodText]]:
         """Score the texts out of distribution: all tokens but the first, as published.
@@ -335,12 +336,21 @@ class Asker:
             led["contrast"] = (fmean(self._forced_contrasts[i].nll), fmean(contrasts[i].nll))
         return Item(q, a.text, b.text, (_right(q, a, a), _right(q, a, b)), route=b.route, **led)
 
-    def _opened(self, item: Item, answers: Mapping[str, Answer]) -> Item:
+    def _opened(self, item: Item, answer: Answer | None) -> Item:
         q = item.question
-        if item.route is None or item.route.routed:
+        if answer is None:
             return item.with_opened(item.after, item.exact[1])
-        answer = answers[q.prompt]
         return item.with_opened(answer.text, _right(q, self._answers[q.prompt], answer))
+
+
+def _open_to(item: Item, memory_of: Mapping[str, int]) -> int | None:
+    """The memory that an always open gate would ask, None where the answer that was given is that one's."""
+    route, q = item.route, item.question
+    if route is None:
+        return None
+    memory = memory_of.get((q.edit if q.edited else route.edit) or "", 0)
+    right = route.routed and (not q.edited or route.memory == memory)
+    return None if right else memory
 
 
 def _or_base(seen: Seen, base: Seen) -> Seen:

@@ -95,7 +95,7 @@ class StreamEvaluation:
         self.base, self.protocol = base, protocol
         self.options = options or EvalOptions()
         self.how = how or MergeConfig()
-        self.run = EditRun(base, stream, config, out / "shards")
+        self.run = EditRun(base, stream, config, out / "shards", checkpoints=protocol not in (FRESH, BOTH))
         self.stream = _without(stream, self.run.settled.superseded)
         self.path = out / "sm.safetensors"
         self.while_learning = protocol in (FRESH, BOTH)

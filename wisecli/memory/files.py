@@ -7,12 +7,14 @@ between runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jsonlines
 from torch import Tensor
 
 from wisecli.errors import InputError, OutputError
@@ -57,15 +59,32 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not JSON: {e}.", hint="The file is damaged; make it again.") from e
 
 
+def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file's content by one line of JSON per value."""
+    write_bytes(path, b"".join(_line(v) for v in values))
+
+
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line and wait until it is on disk."""
+    """Append one JSON line; a line that was cut off before it is ended first."""
     try:
-        with open(path, "ab") as f:
-            f.write((json.dumps(value, sort_keys=True, ensure_ascii=False) + "\n").encode())
-            f.flush()
-            os.fsync(f.fileno())
+        with open(path, "ab+") as f:
+            size = f.seek(0, os.SEEK_END)
+            torn = size > 0 and f.seek(size - 1) >= 0 and f.read(1) != b"\n"
+            f.write((b"\n" if torn else b"") + _line(value))
     except OSError as e:
         raise OutputError(f"Cannot write {path}: {e.strerror or e}.", hint="Free space there and run again.") from e
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that are JSON objects; none where there is no file."""
+    if not path.exists():
+        return []
+    with jsonlines.open(path) as reader:
+        return list(reader.iter(type=dict, skip_invalid=True))
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def ensure_writable(folder: Path) -> None:
@@ -109,12 +128,28 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[st
     write_bytes(path, save(ordered, metadata={METADATA_KEY: text}))
 
 
+def load_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a safetensors file written by `save_tensors`; its tensors are not read.
+
+    Raises:
+        InputError: missing, truncated, or not written by this tool.
+    """
+    with _opened(path) as f:
+        return _manifest(path, f)
+
+
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a safetensors file written by `save_tensors`: its tensors and its manifest.
 
     Raises:
         InputError: missing, truncated, or not written by this tool.
     """
+    with _opened(path) as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, _manifest(path, f)  # noqa: SIM118  (safe_open is no mapping)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -122,12 +157,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{path} {what}.", hint="Give a .safetensors file made by wise merge.")
     try:
         with safe_open(path, "pt") as f:
-            text = (f.metadata() or {}).get(METADATA_KEY)
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  (safe_open is no mapping)
+            yield f
     except (SafetensorError, OSError, ValueError) as e:
         raise InputError(
             f"{path} is not a readable safetensors file: {e}.", hint="It is truncated or damaged; make it again."
         ) from e
+
+
+def _manifest(path: Path, file: Any) -> dict[str, Any]:
+    text = (file.metadata() or {}).get(METADATA_KEY)
     if text is None:
         raise InputError(f"{path} was not written by wise: it has no manifest.", hint="Make one with wise merge.")
     try:
@@ -136,4 +174,4 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"The manifest of {path} is not JSON: {e}.", hint="Make the file again.") from e
     if not isinstance(manifest, dict):
         raise InputError(f"The manifest of {path} is not a JSON object.", hint="Make the file again.")
-    return tensors, manifest
+    return manifest

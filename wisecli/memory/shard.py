@@ -1,32 +1,48 @@
 """The run folder: what `edit` leaves on disk and `merge` reads.
 
-    run.json            config, base, edit site, seeds, digest of the stream; written first
+    run.json            config, base, edit site, seeds, the streams learned and what they supersede; written first
     gate.safetensors    key space of the layer and the pool in it
-    shard-00000.safetensors ...   one per slice of the stream: mask, values, edit keys, outcomes
-    ledger.jsonl        one line per edit with its outcome, in stream order
+    shard-00000.safetensors ...   one per slice of a stream: mask, values, edit keys, outcomes
+    partial-00001.safetensors     a shard in the making, to go on from after an interruption
+    ledger.jsonl        one line per edit with its outcome, in stream order; follows from the files above
+    journal.jsonl       what happened when; the only file whose bytes differ between two runs of one command
 
 A shard is complete or absent. Nothing here trains or merges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jsonlines
 from torch import Tensor
 
 from wisecli.data.pool import ALONE
-from wisecli.errors import InputError
+from wisecli.errors import InputError, OutputError
 from wisecli.memory.bits import SparseDelta
 from wisecli.memory.calibration import Trial, try_on_pool
-from wisecli.memory.files import append_line, check_version, load_tensors, read_json, save_tensors, write_json
+from wisecli.memory.files import (
+    append_line,
+    check_version,
+    load_manifest,
+    load_tensors,
+    read_json,
+    read_lines,
+    save_tensors,
+    write_json,
+    write_lines,
+)
 from wisecli.memory.keys import KeySpace
 from wisecli.models.prompts import ContentRule
 from wisecli.models.site import EditSite
 
+TOOK, FAILED, SUPERSEDED, WITHDRAWN = "took", "failed", "superseded", "withdrawn"
 SHARD_FORMAT, GATE_FORMAT, RUN_FORMAT = "wise-shard", "wise-gate", "wise-run"
 FORMAT_VERSION = "3.0"
 
@@ -139,8 +155,30 @@ class RunFolder:
     def ledger_path(self) -> Path:
         return self.path / "ledger.jsonl"
 
+    @property
+    def journal_path(self) -> Path:
+        return self.path / "journal.jsonl"
+
     def shard_path(self, index: int) -> Path:
         return self.path / f"shard-{index:05d}.safetensors"
+
+    def partial_path(self, index: int) -> Path:
+        return self.path / f"partial-{index:05d}.safetensors"
+
+    @property
+    def streams(self) -> list[dict[str, Any]]:
+        """The streams learned, in order: digest, edits, format, shards, and the earlier edits each supersedes."""
+        return list(self.run["streams"])
+
+    @property
+    def withdrawn(self) -> frozenset[str]:
+        """Ids of the edits that were withdrawn."""
+        return frozenset(self.run.get("withdrawn", ()))
+
+    @property
+    def superseded(self) -> dict[str, str]:
+        """Edits that an edit of a later stream superseded, each with that edit."""
+        return {old: new for s in self.streams for old, new in s["supersedes"].items()}
 
     @property
     def site(self) -> EditSite:
@@ -152,7 +190,7 @@ class RunFolder:
 
     @property
     def n_shards(self) -> int:
-        return int(self.run["n_shards"])
+        return sum(s["shards"] for s in self.streams)
 
     def shards(self) -> list[Shard]:
         """All shards, in order.
@@ -160,27 +198,104 @@ class RunFolder:
         Raises:
             InputError: some are missing, so the run did not finish.
         """
+        self.check_finished()
+        return [Shard.load(self.shard_path(i)) for i in range(self.n_shards)]
+
+    def check_finished(self) -> None:
+        """Refuse a run that lacks shards.
+
+        Raises:
+            InputError: some are missing.
+        """
         missing = [i for i in range(self.n_shards) if not self.shard_path(i).exists()]
         if missing:
             raise InputError(
                 f"{self.path} has {self.n_shards - len(missing)} of {self.n_shards} shards: editing did not finish.",
                 hint="Run the same wise edit command again; it continues with the missing shards.",
             )
-        return [Shard.load(self.shard_path(i)) for i in range(self.n_shards)]
 
     def gate(self) -> Gate:
         return Gate.load(self.gate_path)
 
-    def write_ledger(self, lines: list[Mapping[str, Any]]) -> None:
-        """Append the outcomes of one finished shard and wait until they are on disk."""
-        for line in lines:
-            append_line(self.ledger_path, line)
+    def entries(self) -> list[dict[str, Any]]:
+        """Every edit of the finished shards with its shard and its outcome as it is by now, in order."""
+        found = []
+        for index in (i for i in range(self.n_shards) if self.shard_path(i).exists()):
+            manifest = load_manifest(self.shard_path(index))
+            found += [{"shard": index, **self.outcome_of(e)} for e in manifest.get("edits", ())]
+        return found
+
+    def learned_before(self, position: int) -> list[dict[str, Any]]:
+        """Entries of the edits that were in force, with their texts, when the stream at this position arrived."""
+        first = sum(s["shards"] for s in self.streams[:position])
+        gone = {old for s in self.streams[:position] for old in s["supersedes"]}
+        found: list[dict[str, Any]] = []
+        for index in range(first):
+            found += load_manifest(self.shard_path(index)).get("edits", ())
+        return [e for e in found if e["id"] not in gone and e["outcome"] != SUPERSEDED and "prompt" in e]
+
+    def outcome_of(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """A shard's entry of an edit, with what happened to the edit since."""
+        now = dict(entry)
+        by = self.superseded.get(now["id"])
+        if by is not None:
+            now |= {"outcome": SUPERSEDED, "by": by}
+        return now | {"outcome": WITHDRAWN} if now["id"] in self.withdrawn else now
+
+    def write_ledger(self) -> list[dict[str, Any]]:
+        """Bring the ledger in line with the shards; returns its lines."""
+        lines = self.entries()
+        write_lines(self.ledger_path, lines)
+        return lines
 
     def ledger(self) -> list[dict[str, Any]]:
-        if not self.ledger_path.exists():
-            return []
-        with jsonlines.open(self.ledger_path) as reader:
-            return list(reader.iter(type=dict, skip_invalid=True))
+        """The ledger's lines, each with the time at which the journal says its edit was learned."""
+        times: dict[tuple[int, int], str] = {}
+        lines = read_lines(self.ledger_path)
+        events = [e for e in read_lines(self.journal_path) if e.get("event") == "learned"]
+        for e in reversed(events):
+            times |= {(e["shard"], i): e["time"] for i in range(e["done"])}
+        place: Counter[int] = Counter()
+        for line in lines:
+            at = (line["shard"], place[line["shard"]])
+            place[line["shard"]] += 1
+            line |= {"time": times[at]} if at in times else {}
+        return lines
+
+    def note(self, event: str, **about: Any) -> None:
+        """Write into the journal that something happened now."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        append_line(self.journal_path, {"time": now, "event": event, **about})
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other writers out. The system drops the lock of a process that has died.
+
+        Raises:
+            OutputError: another process is writing here.
+        """
+        with locked(self.path):
+            yield
+
+    def withdraw(self, ids: Collection[str]) -> RunFolder:
+        """The folder with these edits withdrawn: merging leaves them out, and main memory answers their prompts.
+
+        Raises:
+            InputError: an id is unknown.
+            OutputError: another process is writing here.
+        """
+        unknown = sorted(set(ids) - {e["id"] for e in self.entries()})
+        if unknown:
+            raise InputError(f"{self.path} has no edit {', '.join(unknown[:5])}.", hint="wise log lists the edits.")
+        with self.lock():
+            folder = self.update(withdrawn=sorted(self.withdrawn.union(ids)))
+            folder.write_ledger()
+            folder.note("withdrawn", ids=sorted(ids))
+        return folder
+
+    def update(self, **changes: Any) -> RunFolder:
+        """The folder with parts of run.json replaced."""
+        return RunFolder.create(self.path, {**self.run, **changes})
 
     @classmethod
     def create(cls, path: Path, run: Mapping[str, Any]) -> RunFolder:
@@ -208,6 +323,28 @@ class RunFolder:
             raise InputError(f"{file} does not describe an editing run.", hint="Run wise edit again.")
         check_version(file, str(run.get("format_version", "")), FORMAT_VERSION, "Learn the edits again with wise edit.")
         return cls(path, run)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; see `RunFolder.lock`."""
+    from filelock import FileLock, Timeout
+
+    holder = folder / ".writer"
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
+        raise OutputError(
+            f"{folder} is being written by {who}.", hint="Wait for it to finish, or choose another folder with --out."
+        ) from None
+    try:
+        holder.write_text(f"process {os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def _load(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:

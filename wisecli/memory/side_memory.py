@@ -8,8 +8,9 @@ other file. What it does not do is touch a model: `routing.attach` does that.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from wisecli.models.site import EditSite
 
 FORMAT = "wise-side-memory"
 FORMAT_VERSION = "3.0"
+MAIN_MEMORY = -1  # the memory of an edit that was withdrawn
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,32 @@ class SideMemory:
             raise UsageError(f"This side memory has no scope {scope!r}.", hint=f"It has: {known}.")
         memories = tuple(replace(m, epsilon={**m.epsilon, "key": m.scopes[scope]}) for m in self.memories)
         return replace(self, memories=memories, router=router)
+
+    def withdrawn(self, ids: Collection[str]) -> SideMemory:
+        """The same side memory without these edits: what would reach them is main memory's.
+
+        Their keys stay, to keep their prompts from the edits next to them; what the delta learned of them stays too,
+        and is reached no more.
+
+        Raises:
+            UsageError: an id is unknown, or the side memory has the activation router, which knows no single edits.
+        """
+        unknown = sorted(set(ids) - {e.id for e in self.edits})
+        if unknown:
+            close = get_close_matches(unknown[0], [e.id for e in self.edits], n=3)
+            hint = f"Did you mean {', '.join(close)}?" if close else "wise log lists the edits."
+            raise UsageError(f"This side memory has no edit {', '.join(unknown[:5])}.", hint=hint)
+        if self.router != "key":
+            raise UsageError(
+                f"The {self.router} router knows no single edits: none can be kept from it.",
+                hint="Withdraw them from the shards with --shards, and merge those for the key router.",
+            )
+        out = {"outcome": "withdrawn"}
+        edits = tuple(
+            replace(e, memory=MAIN_MEMORY, took=False, details={**e.details, **out}) if e.id in ids else e
+            for e in self.edits
+        )
+        return replace(self, edits=edits)
 
     def without_texts(self) -> SideMemory:
         """The same side memory with the edits' prompts and targets left out; ids stay."""

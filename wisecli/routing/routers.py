@@ -192,9 +192,9 @@ class KeyRouter:
         return Ranking(score, self._claims(edit)[1], edit)
 
     def _claims(self, edit: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory and epsilon of edits."""
+        """Memory and epsilon of edits; nothing reaches a withdrawn one's."""
         memory = self.memory_of.to(edit.device)[edit]
-        return memory, self.epsilon.to(edit.device)[memory]
+        return memory, torch.where(memory == MAIN, torch.inf, self.epsilon.to(edit.device)[memory])
 
 
 def _at_last(seen: Seen) -> Tensor:
