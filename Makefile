@@ -9,7 +9,7 @@ OUT    ?= demo-out
 MADE    = "$(OUT)/shards" "$(OUT)/package" "$(OUT)/sm.safetensors" "$(OUT)/eval"
 WISE   := $(BIN)/wise
 
-.PHONY: demo test campaign bench gate papers check base edits clean
+.PHONY: demo test campaign kill bench gate papers check base edits clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ test: $(VENV)/.installed-dev
 # Minutes of work: the README's figures as bounds, and what each choice of the schedule is worth.
 campaign: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m campaign
+
+# A hundred SIGKILLs at random moments, full disks and a torn ledger: the same bytes in the end, every time.
+kill: $(VENV)/.installed
+	$(BIN)/python benchmarks/kill.py --kills 100
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ablation.py
