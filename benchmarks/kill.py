@@ -1,9 +1,9 @@
 """Kill the commands at random moments, run them again, and hold what they leave against an uninterrupted run.
 
-`wise edit`, `wise merge` and `wise package` on the demonstration base; SIGKILL at a random moment of each, until so many
-have hit; then a full disk (a limit on the size of files) and a ledger with a torn last line. After each blow every file
-must be readable, and when all commands have been run to their end, every file but the journal must have the same bytes
-as those of a run that nobody disturbed.
+`wise edit`, `wise merge` and `wise package` on the demonstration base; SIGKILL at random moments, until so many have
+hit; then a full disk (a limit on the size of files) and a ledger with a torn last line. After each blow every file must
+be readable, and when all commands have been run to their end, every file but the journal must have the same bytes as
+those of a run that nobody disturbed.
 
     python benchmarks/kill.py --kills 100
 """

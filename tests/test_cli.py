@@ -62,7 +62,7 @@ def _timed(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - start, done.stderr
 
 
-COMMANDS = ("doctor", "edit", "merge", "package", "eval", "report", "compare", "chat", "route")
+COMMANDS = ("doctor", "edit", "merge", "forget", "package", "pull", "eval", "report", "compare", "chat", "route")
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

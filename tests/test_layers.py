@@ -10,6 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "wisecli"
 STAGES = [
     ("errors", "versions"),
+    ("hub",),
     ("data",),
     ("models",),
     ("memory",),

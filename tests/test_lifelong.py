@@ -41,7 +41,7 @@ def records(n: int, start: int = 0) -> list[EditRecord]:
     some = [(PLACES[i % len(PLACES)], i // len(PLACES)) for i in range(start, start + n)]
     return [
         EditRecord(
-            f"e{start + i}", f"The {'capital port river'.split()[k]} of {p} is", TOWNS[(start + i) % 3], subject=p
+            f"e{start + i}", f"The {('capital', 'port', 'river')[k]} of {p} is", TOWNS[(start + i) % 3], subject=p
         )
         for i, (p, k) in enumerate(some)
     ]

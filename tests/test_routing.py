@@ -745,3 +745,73 @@ def test_a_side_memory_names_its_own_router(build_scene: Any) -> None:
     for name in ROUTERS:
         sm = build_scene("llama", name).memory
         assert build_router(sm, [m.delta.dense() for m in sm.memories]).name == name
+
+
+# -- moving, packing, deciding -----------------------------------------------------------------------------------------
+
+
+def test_the_delta_follows_a_model_that_is_cast(tiny_model: Any, build_scene: Any) -> None:
+    """Cast after attaching is as attached after casting; cast back, the delta is the stored one again."""
+    for name in ROUTERS:
+        scene = build_scene("llama", name)
+        model = tiny_model("llama", fresh=True)
+        with attach(model, scene.memory) as on:
+            before = [d.clone() for d in on.deltas]
+            model.to(torch.bfloat16)
+            cast = model.generate(scene.ids, attention_mask=scene.mask, **TRACED)
+            assert [d.dtype for d in on.deltas] == [torch.bfloat16]
+            assert (on.last.memory != MAIN).any()
+            with attach(model, scene.memory, allow_other_base=True), on.override(None):
+                anew = model.generate(scene.ids, attention_mask=scene.mask, **TRACED)
+            assert all(torch.equal(a, b) for a, b in zip(cast.logits, anew.logits, strict=True))
+            model.to(torch.float32)
+            model.generate(scene.ids, attention_mask=scene.mask, **GREEDY)
+            assert all(torch.equal(a, b) for a, b in zip(on.deltas, before, strict=True))
+
+
+PACKED = torch.tensor([[0, 1, 2, 0, 1, 2]])
+
+
+@pytest.mark.parametrize("positions", [PACKED, PACKED + 4, torch.tensor([[0, 0, 0, 0, 0, 0]])], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_packed_by_their_positions_alone_are_refused(llama: Scene, positions: Tensor, rows: int) -> None:
+    ids = torch.arange(6, 12)[None].expand(rows, -1)
+    with attach(llama.model, llama.memory) as on:
+        for given in (positions, positions.expand(rows, -1)):
+            with pytest.raises(RoutingError, match="Packed") as e:
+                llama.model(input_ids=ids, position_ids=given)
+        assert e.value.hint
+        with on.override([0]):  # nothing is decided, so nothing is in the way
+            llama.model(input_ids=ids, position_ids=positions)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("filler", [0, 1, 5])
+def test_positions_of_padding_are_no_packing(llama: Scene, encoder: Any, side: str, filler: int) -> None:
+    batch = encoder.batch([encoder.prompt(p) for p in PROMPTS], side=side)
+    real = batch.attention_mask
+    positions = (real.cumsum(1) - 1).masked_fill(real == 0, filler)
+    with llama.attached() as (_, seen):
+        llama.model(**batch.inputs, position_ids=positions)
+        llama.model(**batch.inputs, position_ids=torch.arange(real.shape[1])[None])  # one row for all
+        for options in ({}, {"num_beams": 2}, {"use_cache": False}, {"num_return_sequences": 2, "do_sample": True}):
+            llama.generate(**options)
+        for i in range(len(PROMPTS)):
+            llama.model.generate(**llama.alone(i), **GREEDY, prompt_lookup_num_tokens=3)
+    for routes in (seen[0], seen[2]):
+        assert (routes.memory != MAIN).tolist() == llama.routed.tolist()
+
+
+def test_deciding_takes_no_notice_of_an_override(llama: Scene, encoder: Any) -> None:
+    batch = encoder.batch([encoder.prompt(p) for p in PROMPTS])
+    base = llama.generate()
+    with attach(llama.model, llama.memory) as on:
+        want = on.decide(batch)
+        for forced in (None, [0]):
+            with on.override(forced):
+                assert on.decide(batch) == want
+        with on.override(None):
+            on.look(batch)
+            assert on.overridden
+            assert torch.equal(llama.generate(), base)  # and it is in force as before
+    assert [r.routed for r in want] == llama.routed.tolist()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from wisecli.models.base import load_base
     from wisecli.routing.attach import attach
     from wisecli.routing.explain import Explanation, explain
+    from wisecli.routing.shelf import SideMemories
 
 _HOME = {
     "EditConfig": "wisecli.editing.config",
@@ -36,6 +37,7 @@ _HOME = {
     "Explanation": "wisecli.routing.explain",
     "Probe": "wisecli.data.records",
     "RunFolder": "wisecli.memory.shard",
+    "SideMemories": "wisecli.routing.shelf",
     "SideMemory": "wisecli.memory.side_memory",
     "attach": "wisecli.routing.attach",
     "evaluate": "wisecli.evaluation.evaluate",
@@ -54,6 +56,7 @@ __all__ = [
     "Explanation",
     "Probe",
     "RunFolder",
+    "SideMemories",
     "SideMemory",
     "attach",
     "evaluate",

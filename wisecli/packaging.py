@@ -6,7 +6,7 @@
     manifest.json             the manifest for people, with digests of the other files; written last
 
 A folder without manifest.json is unfinished. The same input gives the same bytes: there are no dates in it.
-What is not here: uploading (any hub client takes the folder as it is) and loading (`routing.attach` takes it, too).
+What is not here: the way to a hub and back (`wisecli.hub`) and loading (`routing.attach` takes the folder as it is).
 """
 
 from __future__ import annotations
@@ -22,15 +22,22 @@ from typing import Any
 from wisecli.card import outcome_of, render_card
 from wisecli.errors import InputError, OutputError, UsageError
 from wisecli.evaluation.recall import Measured, measure
+from wisecli.hub import CARD, FILES, LEDGER, MANIFEST, SCHEMA, SIDE_MEMORY
 from wisecli.memory.files import ensure_writable, read_json, write_bytes, write_json
 from wisecli.memory.side_memory import SideMemory
 
-__all__ = ["Measured", "PackageReport", "PackagedFile", "check_request", "measure", "package_side_memory"]
+__all__ = [
+    "Measured",
+    "PackageReport",
+    "PackagedFile",
+    "check_request",
+    "copy_package",
+    "measure",
+    "package_side_memory",
+]
 
-SCHEMA, SCHEMA_VERSION = "wise-package", "1.0"
+SCHEMA_VERSION = "1.0"
 EVAL_SCHEMA, EVAL_VERSION = "wise-eval", "2"
-SIDE_MEMORY, LEDGER, CARD, MANIFEST = "side_memory.safetensors", "ledger.jsonl", "README.md", "manifest.json"
-_FILES = (SIDE_MEMORY, LEDGER, CARD, MANIFEST)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # What a package says of an evaluation: never what holds prompts and answers, nor where the file lay.
 _EVAL_KEYS = ("schema_version", "protocol", "metrics", "method", "dataset", "base", "seeds", "scores", "average")
@@ -129,6 +136,25 @@ def package_side_memory(
     return PackageReport(out, (*files, _describe(out / MANIFEST)), content, _outcomes(shipped), texts, measured)
 
 
+def copy_package(source: Path, out: Path, *, force: bool = False) -> tuple[PackagedFile, ...]:
+    """Copy a package's own files from a folder that may hold others, the manifest last.
+
+    Raises:
+        InputError: a file cannot be read.
+        OutputError: the folder holds something else, or a package and `force` is not set, or cannot be written.
+    """
+    check_request(out, force=force)
+    names = [n for n in FILES if (source / n).is_file()]
+    _clear(out)
+    for name in names:
+        try:
+            data = (source / name).read_bytes()
+        except OSError as e:
+            raise InputError(f"Cannot read {source / name}: {e.strerror or e}.") from e
+        write_bytes(out / name, data)
+    return tuple(_describe(out / name) for name in names)
+
+
 def check_request(
     out: Path,
     *,
@@ -178,7 +204,7 @@ def _is_package(manifest: Path) -> bool:
 
 def _is_unfinished(held: list[str]) -> bool:
     """A package is written side memory first, so one that was interrupted holds that file and no foreign one."""
-    return SIDE_MEMORY in held and set(held) <= set(_FILES)
+    return SIDE_MEMORY in held and set(held) <= set(FILES)
 
 
 def _licence(licence: str | None) -> str | None:
@@ -264,7 +290,7 @@ def _clear(out: Path) -> None:
     """Make the folder, and take an old package out of it: its manifest first, so that it never passes for whole."""
     ensure_writable(out)
     try:
-        for name in reversed(_FILES):
+        for name in reversed(FILES):
             (out / name).unlink(missing_ok=True)
     except OSError as e:
         raise OutputError(f"Cannot replace {out}: {e.strerror or e}.", hint="Choose another folder with --out.") from e

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from wisecli.cli._output import Output
     from wisecli.data.stream import EditStream
     from wisecli.editing.config import EditConfig
+    from wisecli.memory.side_memory import SideMemory
     from wisecli.models.base import Base
 
 _SHARDS = 2
@@ -56,7 +57,7 @@ SideMemoryFile = Annotated[
         "--side-memory",
         "-s",
         metavar="FILE",
-        help="Side memory file, packaged folder, or hub id with or without @revision.",
+        help="Side memory file, packaged folder, or ORG/NAME[@REVISION] on the hub.",
     ),
 ]
 
@@ -76,18 +77,18 @@ def base_of(
     return load_base(name, revision=pinned, dtype=dtype, device=device, trust_remote_code=trust)
 
 
-def side_memory_at(sink: Output, given: Path | None) -> Path | None:
-    """Where --side-memory lies: what is on disk as it is; a package of the hub fetched, its commit told to people."""
-    if given is None or given.exists():
-        return given
+def read_side_memory(sink: Output, given: Path) -> tuple[Path, SideMemory]:
+    """The side memory of --side-memory, and what it is called: its path, or its hub id pinned to the commit."""
     from wisecli.hub import fetch, is_hub_id
+    from wisecli.memory.side_memory import SideMemory
+    from wisecli.routing.attach import side_memory_file
 
-    if not is_hub_id(given):
-        return given
+    if given.exists() or not is_hub_id(given):
+        return given, SideMemory.load(side_memory_file(given))
     fetched = fetch(str(given))
     if sink.human:
         sink.note(f"side memory {fetched.label}", style="dim")
-    return fetched.folder
+    return Path(fetched.label), SideMemory.load(fetched.side_memory)
 
 
 def edit_config(

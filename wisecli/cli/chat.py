@@ -70,10 +70,9 @@ def chat(
     with contextlib.ExitStack() as until_the_end:
         with sink.running():
             from wisecli.chat import ChatSession
-            from wisecli.memory.side_memory import SideMemory
-            from wisecli.routing.attach import attach, side_memory_file
+            from wisecli.routing.attach import attach
 
-            sm = SideMemory.load(side_memory_file(side_memory)) if side_memory else None
+            side_memory, sm = opt.read_side_memory(sink, side_memory) if side_memory else (None, None)
             base = opt.base_of(sm.base if sm else {}, model, revision, dtype, device, trust_remote_code)
             attached = None
             if sm is not None:

@@ -132,11 +132,10 @@ def evaluate(
             sink.warn(warning)
         written = Written(out, png)
         kept = _cache(sink) if cache else None
+        side_memory, sm = opt.read_side_memory(sink, side_memory) if side_memory else (None, None)
         options = _options(open_gate, ability, text, batch_size, kept, located, side_memory, router)
         from wisecli.memory.side_memory import SideMemory
-        from wisecli.routing.attach import side_memory_file
 
-        sm = SideMemory.load(side_memory_file(side_memory)) if side_memory else None
         if sm is not None and scope is not None:
             sm = sm.scoped(scope, router)
         base = opt.base_of(sm.base if sm else {}, model, revision, dtype, device, trust_remote_code)

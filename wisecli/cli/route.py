@@ -24,7 +24,13 @@ _BATCH = 32
 
 def route(
     side_memory: Annotated[
-        Path, typer.Option("--side-memory", "-s", metavar="FILE", help="Side memory file, or a packaged folder.")
+        Path,
+        typer.Option(
+            "--side-memory",
+            "-s",
+            metavar="FILE",
+            help="Side memory file, packaged folder, or ORG/NAME[@REVISION] on the hub.",
+        ),
     ],
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT", help="Default: the lines of stdin.", show_default=False)
@@ -53,14 +59,13 @@ def route(
     with sink.running():
         if not prompts and sys.stdin.isatty():
             raise UsageError("No prompts were given.", hint="Give them as arguments, or one per line on stdin.")
-        from wisecli.memory.side_memory import SideMemory
         from wisecli.models.prompts import PromptEncoder
-        from wisecli.routing.attach import attach, side_memory_file
+        from wisecli.routing.attach import attach
         from wisecli.routing.explain import check_prompt, explain
 
         for prompt in prompts or ():
             check_prompt(prompt)
-        sm = SideMemory.load(side_memory_file(side_memory))
+        side_memory, sm = opt.read_side_memory(sink, side_memory)
         base = opt.base_of(sm.base, model, revision, dtype, device, trust_remote_code)
         why = None
         with attach(base.model, sm, router=router, scope=scope, allow_other_base=allow_other_base) as attached:
