@@ -58,7 +58,7 @@ def show_explanation(console: Console, why: Explanation) -> None:
     table.add_column(overflow="fold")
     for near in why.nearest:
         above = near.score > near.epsilon
-        figures = f"{figure(near.score):>6} {'> ' if above else '<='} {figure(near.epsilon)}"
+        figures = f"{figure(near.score):>6} {_against(near.epsilon, '> ' if above else '<=')}"
         texts = Text.assemble(edit_line(near.entry), "\n", (_details(near.entry, why.memories), "dim"))
         table.add_row(Text(figures, style="bold" if above else "dim"), texts)
     console.print(table)
@@ -84,9 +84,14 @@ def _spread(words: str, steps: Sequence[tuple[str, str]]) -> Iterator[tuple[str,
 
 def route_line(route: Route, edit: EditEntry | None, memories: int) -> str:
     """`side memory · indicator 0.982 > 0.611 · edit demo-012`."""
-    sign = ">" if route.routed else "<="
-    line = f"{which(route.memory, memories)} · indicator {figure(route.indicator)} {sign} {figure(route.epsilon)}"
-    return f"{line} · edit {edit.id}" if edit and route.routed else line
+    threshold = _against(route.epsilon, ">" if route.routed else "<=")
+    line = f"{which(route.memory, memories)} · indicator {figure(route.indicator)} {threshold}"
+    return f"{line} · edit {edit.id}" if edit and (route.routed or edit.memory < 0) else line
+
+
+def _against(epsilon: float, sign: str) -> str:
+    """`> 0.611`; nothing reaches a withdrawn edit."""
+    return f"{sign} {figure(epsilon)}" if math.isfinite(epsilon) else "(closed)"
 
 
 def which(memory: int | None, memories: int) -> str:
@@ -111,7 +116,7 @@ def printable(text: str) -> str:
 def _details(edit: EditEntry, memories: int) -> str:
     """What else the ledger knows: `shard 0 · took · 31 steps`."""
     details = dict(edit.details)
-    parts = [f"memory {edit.memory}"] if memories > 1 else []
+    parts = [f"memory {edit.memory}"] if memories > 1 and edit.memory >= 0 else []
     if "shard" in details:
         parts.append(f"shard {details.pop('shard')}")
     parts.append(str(details.pop("outcome", None) or ("took" if edit.took else "did not take")))

@@ -71,8 +71,11 @@ def edit(
     sink = Output(json, quiet)
     with sink.running():
         from wisecli.data.datasets import read_dataset
+        from wisecli.errors import UsageError
         from wisecli.memory.files import ensure_writable
 
+        if jobs < 1:
+            raise UsageError(f"--jobs must be at least 1, not {jobs}.")
         count, older = _count_or_run(ctx, shards)
         located, stream = read_dataset(edits, limit)
         _report_clashes(sink, stream)
