@@ -421,7 +421,7 @@ def test_nothing_is_asked_again_behind_an_open_gate(make: Make, stream: EditStre
     assert report.sections["open"] == exact
 
 
-def test_with_several_memories_the_nearest_edit_s_opens(
+def test_with_several_memories_an_edit_s_own_opens_and_the_nearest_edit_s_for_others(
     make: Make, make_side_memory: Any, random_delta: Any, stream: EditStream
 ) -> None:
     base, sm = make()
@@ -431,12 +431,13 @@ def test_with_several_memories_the_nearest_edit_s_opens(
     two = make_side_memory(base.model, [FACTS[0][0], FACTS[2][0]], deltas=deltas, memory_of=[0, 1], epsilon=epsilon)
     encoder = PromptEncoder(base.tokenizer)
     report = evaluate(base, stream, two, options=PLAIN)
-    nearest = set()
+    nearest, memory_of = set(), {"e0": 0, "e1": 1}
     with attach(base.model, two) as on:
         for item in report.items:
             assert item.route is not None
             assert item.opened is not None
-            memory = {"e0": 0, "e1": 1}[str(item.route.edit)]
+            q = item.question
+            memory = memory_of.get(q.edit, 0) if q.edited else memory_of[str(item.route.edit)]
             nearest.add(memory)
             with on.override([memory]):
                 alone = dict(generate_answers(base, encoder, [item.question.prompt], [40]))[0].text
