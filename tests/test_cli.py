@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -62,13 +63,30 @@ def _timed(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - start, done.stderr
 
 
-COMMANDS = ("doctor", "edit", "merge", "forget", "package", "pull", "eval", "report", "compare", "chat", "route")
+COMMANDS = (
+    "doctor",
+    "edit",
+    "merge",
+    "forget",
+    "package",
+    "pull",
+    "eval",
+    "report",
+    "compare",
+    "chat",
+    "route",
+    "log",
+    "show",
+    "inspect",
+    "verify",
+    "diff",
+)
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    listed = [line.strip(" │|").split(" ")[0] for line in out.splitlines()]
+    listed = re.findall(r"^[│|] (\w+) ", out, flags=re.MULTILINE)  # what is wrapped stands further to the right
     assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
     assert [c.name for c in application.app.registered_commands] == list(COMMANDS)
 

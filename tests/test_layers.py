@@ -18,6 +18,7 @@ STAGES = [
     ("routing",),
     ("evaluation",),
     ("doctor",),
+    ("inspection",),
     ("report", "harness"),
     ("card", "chat"),
     ("packaging",),

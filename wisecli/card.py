@@ -149,6 +149,7 @@ def _contents(sm: SideMemory, ledger: bool) -> str:
     rows = [("Edits", str(len(outcomes)))]
     names = {"took": "took", "failed": "did not take", "superseded": "superseded by a later edit"}
     rows += [(f"... {text}", str(outcomes.count(o))) for o, text in names.items()]
+    rows += [("... withdrawn", str(outcomes.count("withdrawn")))] if "withdrawn" in outcomes else []
     for i, m in enumerate(sm.memories):
         name = "Delta" if len(sm.memories) == 1 else f"Delta {i}"
         dtype = str(m.delta.values.dtype).removeprefix("torch.")

@@ -10,15 +10,20 @@ import typer
 from wisecli.cli._errors import guarded
 from wisecli.cli.chat import chat
 from wisecli.cli.compare import compare
+from wisecli.cli.diff import diff
 from wisecli.cli.doctor import doctor
 from wisecli.cli.edit import edit
 from wisecli.cli.eval import evaluate
 from wisecli.cli.forget import forget
+from wisecli.cli.inspect import inspect
+from wisecli.cli.log import log
 from wisecli.cli.merge import merge
 from wisecli.cli.package import package
 from wisecli.cli.pull import pull
 from wisecli.cli.report import report
 from wisecli.cli.route import route
+from wisecli.cli.show import show
+from wisecli.cli.verify import verify
 
 app = typer.Typer(
     name="wise",
@@ -59,6 +64,11 @@ app.command("report")(report)
 app.command("compare")(compare)
 app.command("chat")(chat)
 app.command("route")(route)
+app.command("log")(log)
+app.command("show")(show)
+app.command("inspect")(inspect)
+app.command("verify")(verify)
+app.command("diff")(diff)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

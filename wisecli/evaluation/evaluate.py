@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.data.stream import EditStream
-from wisecli.editing.editor import SUPERSEDED
 from wisecli.evaluation.ability import measure_ability
 from wisecli.evaluation.answers import BATCH, check_text
 from wisecli.evaluation.asking import Asker, OodText, Progress, Steps
@@ -38,6 +37,7 @@ from wisecli.evaluation.scores import (
     probability_of,
     scores_of,
 )
+from wisecli.memory.shard import SUPERSEDED
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base
 from wisecli.models.prompts import PromptEncoder

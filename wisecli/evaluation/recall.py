@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wisecli.data.pool import ordinary_prompts
-from wisecli.editing.editor import SUPERSEDED
 from wisecli.evaluation.answers import BATCH, Answer, answer_cap, generate_answers
 from wisecli.evaluation.metrics import exact_match, mean
+from wisecli.memory.shard import SUPERSEDED, WITHDRAWN
 from wisecli.memory.side_memory import EditEntry, SideMemory
 from wisecli.models.base import Base
 from wisecli.models.prompts import PromptEncoder
@@ -29,7 +29,7 @@ class Measured:
 
     Attributes:
         base, dtype, router: what it was measured on and with.
-        edits: edits asked; superseded ones and those without text are not.
+        edits: edits asked; superseded and withdrawn ones and those without text are not.
         reliability: share answered with their target, exact match of free greedy generation; None for no edits.
         routed: share of these edits that a side memory answered.
         ordinary, opened: number of shipped ordinary prompts, and the share that a side memory answered.
@@ -63,7 +63,7 @@ def measure(base: Base, side_memory: SideMemory, progress: Callable[[int, int], 
         InputError: an edit does not fit the base's context.
     """
     encoder = PromptEncoder(base.tokenizer, chat=side_memory.chat)
-    live = [e for e in side_memory.edits if e.details.get("outcome") != SUPERSEDED]
+    live = [e for e in side_memory.edits if e.details.get("outcome") not in (SUPERSEDED, WITHDRAWN)]
     edits = [e for e in live if e.prompt is not None and e.target is not None]
     caps = _caps(base, encoder, edits)
     ordinary = ordinary_prompts()
