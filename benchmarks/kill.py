@@ -26,7 +26,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 EDITS = Path(__file__).parents[1] / "examples" / "edits.jsonl"
-TIMED = ("journal.jsonl", ".lock", ".writer")  # say when, or who
+TIMED = ("journal.jsonl", ".lock", ".writer")  # beginnings of the names of files that say when, or who
 
 
 def commands(out: Path, edits: int) -> list[list[str]]:
@@ -59,7 +59,7 @@ def kill(command: Sequence[str], after: float) -> bool:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file that has to be the same, by name."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in TIMED)
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(TIMED))
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 

@@ -125,7 +125,7 @@ def few_pool_prompts(patched: pytest.MonkeyPatch, prompts: int = 48, facts: int 
     ordinary, known = pool.ordinary_prompts()[:prompts], pool.pool_facts()[:facts]
     for module in ("data.pool", "editing.rewording"):
         patched.setattr(f"wisecli.{module}.pool_facts", lambda: known)
-    for module in ("data.pool", "editing.merge", "editing.published"):
+    for module in ("data.pool", "editing.merge", "editing.margins"):
         patched.setattr(f"wisecli.{module}.ordinary_prompts", lambda: ordinary)
 
 

@@ -55,7 +55,7 @@ def base(tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Ba
 
 def learned(folder: Path) -> dict[str, bytes]:
     """What a run leaves, but for the times in its journal and the lock."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("journal.jsonl", ".lock")}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(("journal.jsonl", ".lock"))}
 
 
 def finish(run: EditRun) -> RunFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -35,6 +36,12 @@ def edit(
             "an earlier run to add the stream to, with that run's settings.",
         ),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/K", help="Learn shard I of K alone, counted from 1, as one of K jobs that share the folder."
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", help="Shards learned side by side, each in its own process.")] = 1,
     mask_density: Annotated[float, typer.Option(help="Share of trainable entries per shard.")] = 0.2,
     schedule: Annotated[str, typer.Option(help="rehearsal, or published: the paper's way.")] = "rehearsal",
@@ -44,6 +51,9 @@ def edit(
     ] = 70,
     lr: Annotated[float | None, typer.Option(help="Step size; default: the schedule's own.")] = None,
     contexts: Annotated[int, typer.Option(help="Short sentences put before each prompt while learning.")] = 3,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Keep each shard quiet on the prompts of earlier shards (L_memo).")
+    ] = False,
     chat: opt.Chat = None,
     pool: opt.Pool = None,
     config: Annotated[
@@ -77,6 +87,7 @@ def edit(
         if jobs < 1:
             raise UsageError(f"--jobs must be at least 1, not {jobs}.")
         count, older = _count_or_run(ctx, shards)
+        unit, count = _unit(shard, count, older, jobs)
         located, stream = read_dataset(edits, limit)
         _report_clashes(sink, stream)
         more = opt.read_pool(pool)
@@ -93,6 +104,7 @@ def edit(
             seed=seed,
             schedule=schedule,
             contexts=contexts,
+            replay=replay,
             chat=chat,
             block=block,
             max_steps=max_steps,
@@ -110,10 +122,10 @@ def edit(
         config_of_run = opt.edit_config(stream, base, **settings)
         run = EditRun(base, stream, config_of_run, out, extra_pool=more, texts=texts, append=older is not None)
         _introduce(sink, run, located.path)
-        entries = _learn(sink, run, jobs, loading)
+        entries = _learn(sink, run, jobs, loading, unit)
         alike = run.settled.alike
         _summarise(sink, entries, alike, verbose)
-        sink.line(f"Wrote {out}. Next:", command=f"wise merge {out} -o sm.safetensors")
+        _say_next(sink, run)
         sink.result(_document(run, entries, alike, out), str(out))
 
 
@@ -127,11 +139,32 @@ def _count_or_run(ctx: typer.Context, shards: str | None) -> tuple[int | None, R
         from wisecli.errors import UsageError
         from wisecli.memory.shard import RunFolder
 
+        if re.fullmatch(r"[-+.\d]+", shards):
+            raise UsageError(f"--shards must be a whole number or a folder, not {shards!r}.") from None
         if _given(ctx, "out"):
             raise UsageError(
                 f"--shards {shards} adds to that folder, and --out names another.", hint="Leave --out out."
             ) from None
         return None, RunFolder.open(Path(shards))
+
+
+def _unit(shard: str | None, count: int | None, older: RunFolder | None, jobs: int) -> tuple[int | None, int | None]:
+    """The one shard that --shard asks for, from 0, and the number of shards it speaks of."""
+    if shard is None:
+        return None, count
+    from wisecli.errors import UsageError
+
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", shard)
+    index, of = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= index <= of:
+        raise UsageError(f"--shard must be I/K with I from 1 to K, not {shard!r}.", hint="For example --shard 2/8.")
+    if older is not None:
+        raise UsageError("--shard is of a run that begins.", hint="Add a stream with --shards FOLDER and --jobs.")
+    if count not in (None, of):
+        raise UsageError(f"--shard {shard} speaks of {of} shards, --shards of {count}.", hint="Leave --shards out.")
+    if jobs != 1:
+        raise UsageError("--shard learns one shard: there is nothing for --jobs to do.", hint="Leave --jobs out.")
+    return index - 1, of
 
 
 def _as_before(
@@ -187,18 +220,30 @@ def _introduce(sink: Output, run: EditRun, source: Path) -> None:
     )
 
 
-def _learn(sink: Output, run: EditRun, jobs: int, loading: dict[str, Any]) -> list[dict[str, Any]]:
+def _learn(
+    sink: Output, run: EditRun, jobs: int, loading: dict[str, Any], unit: int | None = None
+) -> list[dict[str, Any]]:
     from wisecli.editing.parallel import learn_side_by_side
 
     entries: list[dict[str, Any]] = []
+    steps = learn_side_by_side(run, jobs, loading) if unit is None else run.one_shard(unit)
     if run.finished:
         sink.line(f"Continuing: {run.finished} of {run.config.shards} shards are learned already.")
     with sink.progress() as bar:
         task = bar.add_task("learning", total=len(run.stream.records))
-        for step in learn_side_by_side(run, jobs, loading):
-            bar.update(task, completed=step.done)
+        for step in steps:
+            bar.update(task, completed=step.done, total=step.total)
             entries += step.finished
     return sorted(entries, key=lambda e: e["shard"])
+
+
+def _say_next(sink: Output, run: EditRun) -> None:
+    out, missing = run.folder.path, [i + 1 for i in run.slices if not run.folder.shard_path(i).exists()]
+    if not missing:
+        sink.line(f"Wrote {out}. Next:", command=f"wise merge {out} -o sm.safetensors")
+        return
+    others = ", ".join(f"{i}/{run.config.shards}" for i in missing[:5]) + (", ..." if len(missing) > 5 else "")
+    sink.line(f"Wrote {out}. To be learned before merging: {others}.")
 
 
 def _summarise(sink: Output, entries: list[dict[str, Any]], alike: Sequence[tuple[str, str]], verbose: bool) -> None:

@@ -34,7 +34,14 @@ def evaluate(
         typer.Option("--out", "-o", help="Write results.json and report.html into this folder; or FILE.json alone."),
     ] = None,
     png: Annotated[bool, typer.Option("--png", help="Also write every plot as PNG, beside the results.")] = False,
-    router: opt.RouterName = None,
+    router: Annotated[
+        str | None,
+        typer.Option(
+            "--router",
+            help="key or activation; default: the side memory's own. oracle: each edit's prompts go to the memory that "
+            "learned it, all others to main memory.",
+        ),
+    ] = None,
     scope: opt.Scope = None,
     open_gate: Annotated[
         bool, typer.Option("--open-gate/--no-open-gate", help="Also ask what the gate kept out, with the gate open.")
@@ -105,17 +112,22 @@ def evaluate(
     sink = Output(json, quiet)
     with sink.running():
         from wisecli.data.datasets import read_dataset
+        from wisecli.errors import UsageError
         from wisecli.memory.calibration import check_scope
 
         if scope is not None:
             check_scope(scope)
         settings = {"schedule": schedule, "shards": shards, "block": block, "seed": seed}
         learning = _Learning.of(learn, protocol, t, side_memory, out, harness, settings)
+        if router == "oracle" and learning is not None:
+            raise UsageError("--router oracle asks a side memory that exists.", hint="Merge first, then evaluate.")
         scoped = learn and protocol != "wilke"
         _refuse_idle(
             [
                 ("--router", router is not None, side_memory is not None or learning is not None, "a side memory"),
                 ("--scope", scope is not None, side_memory is not None or scoped, "a side memory"),
+                ("--scope", scope is not None, router != "oracle", "a gate, and an oracle needs none"),
+                ("--harness", harness is not None, router != "oracle", "any prompts, and an oracle knows edits alone"),
                 ("--allow-other-base", allow_other_base, side_memory is not None, "--side-memory"),
                 ("--harness-limit", harness_limit is not None, harness is not None, "--harness"),
                 ("--harness-include", harness_include is not None, harness is not None, "--harness"),
@@ -312,7 +324,8 @@ def _existing(
     if sm is None:
         return _ask(sink, Evaluation(base, stream, None, options=options))
     _warn_missing(sink, sm, stream)
-    with attach(base.model, sm, router=options.router, allow_other_base=allow_other_base) as attached:
+    router = None if options.oracle else options.router
+    with attach(base.model, sm, router=router, allow_other_base=allow_other_base) as attached:
         return _ask(sink, Evaluation(base, stream, attached, sm.chat, options))
 
 

@@ -7,6 +7,7 @@ decided here. No editor uses the passages: they are for measuring.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ class Pool:
             for w in wordings:
                 seen.setdefault(w, i if len(wordings) > 1 else ALONE)
         return cls(tuple(seen), tuple(seen.values()))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over prompts and groups, in order."""
+        lines = (f"{group}\t{prompt}\n" for group, prompt in zip(self.group, self.prompts, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def ordinary_prompts() -> tuple[str, ...]:

@@ -7,7 +7,7 @@ edit also holds in context. The frozen part runs once per row; learning iterates
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from wisecli.models.prompts import PromptEncoder, Row
 from wisecli.models.upper import CapturedRow, UpperModel
 
 LONG = 64  # tokens of a prompt that brings a context of its own
+_ROWS, _TOKENS = 128, 8192  # per batch at most when nothing is differentiated
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,17 @@ def capture_edits(
             )
     captured = iter(upper.capture([row for rows in per_edit for row in rows]))
     return [CapturedEdit(r, tuple(next(captured) for _ in rows)) for r, rows in zip(records, per_edit, strict=True)]
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Positions of rows of these lengths, in batches that fit memory when nothing is differentiated."""
+    picked: list[int] = []
+    spent = 0
+    for i, length in enumerate(lengths):
+        if picked and (len(picked) == _ROWS or spent + length > _TOKENS):
+            yield picked
+            picked, spent = [], 0
+        picked.append(i)
+        spent += length
+    if picked:
+        yield picked

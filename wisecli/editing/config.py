@@ -35,6 +35,7 @@ class EditConfig:
         rewording: share of the rows of each step that are moved as another wording would move them (rehearsal).
         confidence: a row is learned when every target token has at least this probability.
         margins: alpha, beta, gamma of the published margin loss, in units of the layer's own scale.
+        replay: keep each shard's delta quiet on prompts of earlier shards while it is learned (L_memo, paper B.5).
         act_ratio: epsilon of the activation router as a share of the smallest in-scope indicator.
         rank: directions kept for the edit keys.
         chat: render prompts with the base's chat template.
@@ -56,6 +57,7 @@ class EditConfig:
     rewording: float = 0.5
     confidence: float = 0.95
     margins: tuple[float, float, float] = (0.1, 0.4, 0.2)
+    replay: bool = False
     act_ratio: float = 0.88
     rank: int = 128
     chat: bool = False

@@ -7,7 +7,6 @@ stream ended now. Nothing here touches the disk: `run` writes shards into a fold
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -23,6 +22,7 @@ from wisecli.data.stream import EditStream, prompt_key
 from wisecli.editing.batch import CapturedEdit, capture_edits
 from wisecli.editing.config import EditConfig
 from wisecli.editing.conflicts import Conflicts, find_conflicts
+from wisecli.editing.margins import Margins, Replay, indicators_of
 from wisecli.editing.negatives import about_edits, hard_negatives, kindred_negatives
 from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
@@ -74,6 +74,11 @@ class Editor:
         """The layer's key space, and the pool in it."""
         h = self.upper.entries([self.encoder.prompt(p) for p in self.pool.prompts])
         return Gate.fit(h, torch.tensor(self.pool.group), self.config.rank)
+
+    @cached_property
+    def margins(self) -> Margins:
+        """The unit of the layer's activation indicator."""
+        return Margins(self.upper, self.config.margins)
 
     @cached_property
     def rewording(self) -> Rewording | None:
@@ -134,16 +139,27 @@ class Editor:
         limit = context_of(self.base.model)
         return capture_edits(self.upper, records, self.config.contexts, self.config.seed, limit)
 
-    def open(self, index: int, stream: EditStream, earlier: Sequence[EditRecord] = ()) -> OpenShard:
-        """A new, empty shard; no prompt of the stream, edit or probe, nor of earlier edits will be a negative of it."""
-        return OpenShard(self, index, every_prompt(stream) | {r.prompt for r in earlier})
+    def open(
+        self, index: int, stream: EditStream, earlier: Sequence[EditRecord] = (), before: Sequence[EditRecord] = ()
+    ) -> OpenShard:
+        """A new, empty shard.
+
+        Args:
+            index: see `OpenShard`.
+            stream: no prompt of it, edit or probe, will be a negative of the shard.
+            earlier: edits of earlier streams, whose prompts will not be either.
+            before: edits of earlier shards, for replay.
+        """
+        return OpenShard(self, index, every_prompt(stream) | {r.prompt for r in earlier}, before)
 
     def learn(self, stream: EditStream) -> list[Shard]:
         """The shards of a whole stream, in memory."""
         shards = []
         superseded = self.settle(stream).superseded
+        before: list[EditRecord] = []
         for index, records in enumerate(slices(stream.records, self.config.shards)):
-            shard = self.open(index, stream)
+            shard = self.open(index, stream, before=[r for r in before if r.id not in superseded])
+            before += records
             for _ in shard.learn(records, superseded):
                 pass
             shards.append(shard.shard())
@@ -166,15 +182,10 @@ class Editor:
             "content_rule": self.encoder.rule.to_json(),
             "config": self.config.to_json(),
             "streams": [describe_stream(stream, self.config.shards, {})],
-            "pool": self._pool_digest,
+            "pool": self.pool.digest,
             "texts": self.texts,
             "versions": versions(),
         }
-
-    @cached_property
-    def _pool_digest(self) -> str:
-        lines = (f"{group}\t{prompt}\n" for group, prompt in zip(self.pool.group, self.pool.prompts, strict=True))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
@@ -188,18 +199,24 @@ class OpenShard:
         editor: what it shares with the others.
         index: position of its slice in the stream, from 0; decides its mask and its seed.
         exclude: prompts that must not become negatives.
+        before: edits of earlier shards, for replay where the config asks for it.
     """
 
-    def __init__(self, editor: Editor, index: int, exclude: Collection[str] = ()) -> None:
+    def __init__(
+        self, editor: Editor, index: int, exclude: Collection[str] = (), before: Sequence[EditRecord] = ()
+    ) -> None:
         self.editor, self.index, self.exclude = editor, index, exclude
         config, site = editor.config, editor.site
         self.seed = config.mask_seed(index)
         self.mask = draw_mask((site.d_out, site.d_in), config.mask_density, self.seed)
+        upper, replay = editor.upper, None
+        if config.replay and before:
+            replay = Replay(upper, editor.margins, before, self.seed)
         self.learner: Rehearsal | Published
         if config.schedule == "published":
-            self.learner = Published(editor.upper, self.mask, config, self.seed)
+            self.learner = Published(upper, self.mask, config, self.seed, editor.margins, replay)
         else:
-            self.learner = Rehearsal(editor.upper, self.mask, config, self.seed, rewording=editor.rewording)
+            self.learner = Rehearsal(upper, self.mask, config, self.seed, rewording=editor.rewording, replay=replay)
         self.records: list[EditRecord] = []
         self.captured: list[CapturedEdit] = []
         self.by: dict[str, str | None] = {}
@@ -261,14 +278,16 @@ class OpenShard:
         mine = [keys[r.id] for r in self.records if r.id in keys]
         counts = [len(keys.get(r.id, ())) for r in self.records]
         near = editor.negatives(live, self.exclude)
+        delta = self.learner.result()
+        indicators = indicators_of(self.captured, delta)
         return Shard(
             index=self.index,
-            delta=SparseDelta.pack(self.learner.result(), self.mask),
+            delta=SparseDelta.pack(delta, self.mask),
             mask_seed=self.seed,
             keys=torch.cat(mine) if mine else torch.zeros(0, editor.gate.space.rank, dtype=torch.float16),
             owner=torch.repeat_interleave(torch.arange(len(self.records)), torch.tensor(counts, dtype=torch.long)),
             negatives=editor.vectors(near),
-            edits=tuple(self._entry(r, outcomes) for r in self.records),
+            edits=tuple(self._entry(r, outcomes, indicators) for r in self.records),
             details={
                 "mask_density": editor.config.mask_density,
                 "schedule": editor.config.schedule,
@@ -276,7 +295,9 @@ class OpenShard:
             },
         )
 
-    def _entry(self, record: EditRecord, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    def _entry(
+        self, record: EditRecord, outcomes: Mapping[str, Outcome], indicators: Mapping[str, float]
+    ) -> dict[str, Any]:
         entry: dict[str, Any] = {"id": record.id}
         if self.editor.texts:
             entry |= {"prompt": record.prompt, "target": record.target}
@@ -289,6 +310,7 @@ class OpenShard:
             "outcome": TOOK if outcome.took else FAILED,
             "steps": outcome.steps,
             "loss": round(outcome.loss, 4),
+            "indicator": indicators[record.id],
         }
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from wisecli.data.pool import ordinary_prompts
 from wisecli.data.records import EditRecord
-from wisecli.editing.batch import CapturedEdit, capture_edits
+from wisecli.editing.batch import CapturedEdit, batches, capture_edits
 from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import slices
-from wisecli.editing.rehearsal import Rehearsal, batches
+from wisecli.editing.margins import indicators_of
+from wisecli.editing.rehearsal import Rehearsal
 from wisecli.errors import BaseMismatch, InputError, UsageError
 from wisecli.memory.bits import SparseDelta
 from wisecli.memory.calibration import (
@@ -210,8 +211,24 @@ def _settle(
     return delta, _asked_again(upper, captured, delta.dense(), entries), steps
 
 
-def _upper(run: RunFolder, base: Base, config: EditConfig) -> UpperModel:
-    """The base's upper part at the run's edit site, once it is sure that it is the run's base."""
+def merged_as(sm: SideMemory) -> dict[str, Any]:
+    """The fields of `MergeConfig` with which a side memory was merged."""
+    origin, shards = sm.memories[0].origin, sum(len(m.origin["shards"]) for m in sm.memories)
+    return {
+        **{name: origin[name] for name in ("method", "density", "weights")},
+        "memories": None if len(sm.memories) == shards else len(sm.memories),
+        "rehearse": any(m.origin["rehearsed"] for m in sm.memories),
+        "scope": sm.statistics["key"]["scope"],
+        "values": sm.memories[0].delta.values.dtype,
+    }
+
+
+def check_base(run: RunFolder, base: Base) -> None:
+    """Refuse a base that is not the run's.
+
+    Raises:
+        BaseMismatch: its matrix at the run's edit site holds other weights.
+    """
     try:
         weight = run.site.module(base.model).weight.detach()
     except AttributeError:
@@ -221,6 +238,11 @@ def _upper(run: RunFolder, base: Base, config: EditConfig) -> UpperModel:
             f"These shards were learned on {run.run['base']['name']}; this base differs at {run.site.path}.",
             hint="Give the run's own base with --model.",
         )
+
+
+def _upper(run: RunFolder, base: Base, config: EditConfig) -> UpperModel:
+    """The base's upper part at the run's edit site, once it is sure that it is the run's base."""
+    check_base(run, base)
     return UpperModel(base.model, run.site, PromptEncoder(base.tokenizer, chat=config.chat))
 
 
@@ -262,8 +284,13 @@ def _asked_again(
         logits, targets = upper.logits(some, delta)
         right = (logits.argmax(-1) == targets).split([int((r.labels != -100).sum()) for r in some])
         took |= {captured[i].record.id: bool(x.all()) for i, x in zip(picked, right, strict=True)}
+    reached = indicators_of(captured, delta)
     return tuple(
-        replace(e, took=took[e.id], details={**e.details, "outcome": TOOK if took[e.id] else FAILED})
+        replace(
+            e,
+            took=took[e.id],
+            details={**e.details, "outcome": TOOK if took[e.id] else FAILED, "indicator": reached[e.id]},
+        )
         if e.id in took
         else e
         for e in entries

@@ -1,13 +1,12 @@
 """The paper's schedule: one edit after the other, plain SGD, with the margin loss that shapes the gate.
 
 Kept for fidelity and comparison; the stream forgets inside a shard (see `rehearsal`). Per edit and step, over its
-rows r and one irrelevant prompt o, with indicator d (eq. 3) and [.]_+ the hinge:
+rows and one irrelevant prompt:
 
     L = L_edit + L_a                                                             (eq. 8)
-    L_a = [gamma + d_o - d_r]_+ + [d_o - alpha]_+ + [beta - d_r]_+               (eq. 5), means over violators
 
-Margins are in units of the layer's own scale, so that one set of defaults serves every base. No weight decay: it would
-move entries outside the mask.
+and L_memo beside them where prompts of earlier shards are replayed; see `margins`. No weight decay: it would move
+entries outside the mask.
 """
 
 from __future__ import annotations
@@ -17,13 +16,11 @@ from collections.abc import Generator, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from wisecli.data.pool import ordinary_prompts
 from wisecli.editing.batch import CapturedEdit
 from wisecli.editing.config import EditConfig
+from wisecli.editing.margins import Margins, Replay, stack
 from wisecli.editing.rehearsal import Outcome
-from wisecli.memory.indicator import activation_indicator, layer_scale
 from wisecli.models.upper import CapturedRow, UpperModel
 
 DEFAULT_LR = 1.0
@@ -34,14 +31,20 @@ _FLAT, _LOW = 1e-4, 0.02  # stop when two losses differ by less, and are this lo
 class Published:
     """Learns a shard's delta [D, F] edit by edit. Same interface as `Rehearsal`."""
 
-    def __init__(self, upper: UpperModel, mask: Tensor, config: EditConfig, seed: int) -> None:
-        self.upper, self.config = upper, config
+    def __init__(
+        self,
+        upper: UpperModel,
+        mask: Tensor,
+        config: EditConfig,
+        seed: int,
+        margins: Margins | None = None,
+        replay: Replay | None = None,
+    ) -> None:
+        self.upper, self.config, self.replay = upper, config, replay
+        self.margins = margins or Margins(upper, config.margins)
         weight = upper.site.weight(upper.model)
         self.mask = mask.to(weight.device, torch.float32)
         self.delta = torch.zeros(mask.shape, device=weight.device, requires_grad=True)
-        pool = upper.capture([upper.encoder.prompt(p) for p in ordinary_prompts()[:64]])
-        self.scale = float(layer_scale(*_stack(pool), weight.float()).median())
-        self.pool = pool
         self.edits: list[CapturedEdit] = []
         self.steps: list[int] = []
 
@@ -77,31 +80,36 @@ class Published:
 
     def state(self) -> dict[str, Tensor]:
         """All that learning goes on from, between two edits; the captured edits apart."""
-        return {"delta": self.delta.detach()[self.mask != 0], "steps": torch.tensor(self.steps)}
+        state = {"delta": self.delta.detach()[self.mask != 0], "steps": torch.tensor(self.steps)}
+        return state | ({"replay": self.replay.generator.get_state()} if self.replay is not None else {})
 
     @torch.no_grad()
     def load_state(self, edits: Sequence[CapturedEdit], state: Mapping[str, Tensor]) -> None:
         """Go on from a state in which these edits had arrived."""
         self.delta[self.mask != 0] = state["delta"].to(self.delta.device)
         self.edits, self.steps = list(edits), state["steps"].tolist()
+        if self.replay is not None:
+            self.replay.generator.set_state(state["replay"])
 
     def _irrelevant(self, edit: CapturedEdit, i: int) -> CapturedRow:
         """x_i of eq. 5: the record's own irrelevant text, else an ordinary prompt."""
         text = edit.record.irrelevant
         if text:
             return self.upper.capture([self.upper.encoder.prompt(text[0])])[0]
-        return self.pool[i % len(self.pool)]
+        return self.margins.pool[i % len(self.margins.pool)]
 
     def _edit(self, edit: CapturedEdit, other: CapturedRow) -> int:
         optimiser = torch.optim.SGD([self.delta], lr=self.config.lr or DEFAULT_LR)
-        inside, outside = _stack(edit.rows), _stack([other])
+        inside, outside = stack(edit.rows), stack([other])
         counts = [int((r.labels != -100).sum()) for r in edit.rows]
         before = float("inf")
         for step in range(self.config.max_steps):
             logits, targets = self.upper.logits(edit.rows, self.delta)
             losses = F.cross_entropy(logits.float(), targets, reduction="none")
             per_row = torch.stack([x.mean() for x in losses.split(counts)])
-            loss = per_row.mean() + self._margin_loss(inside, outside)
+            loss = per_row.mean() + self.margins.loss(inside, outside, self.delta)
+            if self.replay is not None:
+                loss = loss + self.replay.loss(self.delta)
             now = float(loss.detach())
             if abs(before - now) <= _FLAT and now <= _LOW:
                 return step
@@ -114,26 +122,8 @@ class Published:
                 self.delta.clamp_(-_CLAMP, _CLAMP)
         return self.config.max_steps
 
-    def _margin_loss(self, inside: tuple[Tensor, Tensor], outside: tuple[Tensor, Tensor]) -> Tensor:
-        alpha, beta, gamma = self.config.margins
-        d_in = activation_indicator(*inside, self.delta) / self.scale
-        d_out = activation_indicator(*outside, self.delta) / self.scale
-        return _violators(gamma + d_out - d_in) + _violators(d_out - alpha) + _violators(beta - d_in)
-
     @torch.no_grad()
     def _outcome(self, edit: CapturedEdit, steps: int) -> Outcome:
         logits, targets = self.upper.logits(edit.rows[:1], self.delta)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         return Outcome(bool((logits.argmax(-1) == targets).all()), steps, float(losses.max()))
-
-
-def _stack(rows: Sequence[CapturedRow]) -> tuple[Tensor, Tensor]:
-    """`a` [B, T, F] and content [B, T] of rows, padded."""
-    a = pad_sequence([r.a for r in rows], batch_first=True)
-    return a.float(), pad_sequence([r.content for r in rows], batch_first=True)
-
-
-def _violators(hinge: Tensor) -> Tensor:
-    """Mean of the positive entries, 0 when there are none."""
-    positive = F.relu(hinge)
-    return positive.sum() / (positive > 0).sum().clamp(min=1)

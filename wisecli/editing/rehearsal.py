@@ -15,7 +15,7 @@ would (`rewording`). The same loop, started from a merged delta, restores what m
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wisecli.editing.batch import CapturedEdit
+from wisecli.editing.batch import CapturedEdit, batches
 from wisecli.editing.config import EditConfig
+from wisecli.editing.margins import Replay
 from wisecli.editing.rewording import Rewording
 from wisecli.models.upper import CapturedRow, UpperModel
 
 DEFAULT_LR = 0.035
 MOMENTUM = 0.9
-_SWEEP, _SWEEP_TOKENS = 128, 8192  # rows and tokens per batch at most when nothing is differentiated
 _ROUND = 6  # least number of steps between two sweeps
 _SWEPT = 0.3  # steps between two sweeps at least, per step's worth of rows swept: else sweeps outweigh steps
 _SHORT = 8  # tokens of a target up to which the loss is a plain mean over all tokens of a step
@@ -63,6 +63,7 @@ class Rehearsal:
         seed: of minibatches and dropout.
         start: the delta to start from; zero when None.
         rewording: how other wordings move activations; measured when None and wanted.
+        replay: prompts of earlier shards on which the delta is to stay quiet, if any.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class Rehearsal:
         seed: int,
         start: Tensor | None = None,
         rewording: Rewording | None = None,
+        replay: Replay | None = None,
     ) -> None:
         device = upper.site.weight(upper.model).device
-        self.upper, self.config = upper, config
+        self.upper, self.config, self.replay = upper, config, replay
         self.rewording = rewording or (Rewording.measure(upper) if config.rewording else None)
         self.mask = mask.to(device, torch.float32)
         start = torch.zeros(mask.shape) if start is None else start
@@ -153,8 +155,8 @@ class Rehearsal:
     def state(self) -> dict[str, Tensor]:
         """All that learning goes on from, between two blocks; the captured edits apart."""
         inside = self.mask != 0
-        momentum = self.optimiser.state[self.delta].get("momentum_buffer")
-        return {
+        momentum = self._momentum
+        state = {
             "delta": self.delta.detach()[inside],
             "momentum": torch.empty(0) if momentum is None else momentum[inside],
             "lr": torch.tensor([g["lr"] for g in self.optimiser.param_groups], dtype=torch.float64),
@@ -166,6 +168,7 @@ class Rehearsal:
             "aside": self.aside,
             "steps": torch.tensor(self.steps),
         }
+        return state | ({"replay": self.replay.generator.get_state()} if self.replay is not None else {})
 
     @torch.no_grad()
     def load_state(self, edits: Sequence[CapturedEdit], state: Mapping[str, Tensor]) -> None:
@@ -183,6 +186,8 @@ class Rehearsal:
         self.generator.set_state(state["generator"])
         self.worst, self.right = state["worst"], state["right"]
         self.held_at, self.aside, self.steps = state["held_at"], state["aside"], state["steps"].tolist()
+        if self.replay is not None:
+            self.replay.generator.set_state(state["replay"])
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -204,8 +209,11 @@ class Rehearsal:
 
     def _here(self) -> tuple[Tensor, ...]:
         """Delta and momentum as they are, to go back to."""
-        momentum = self.optimiser.state[self.delta].get("momentum_buffer")
-        return tuple(t.detach().clone() for t in (self.delta, momentum) if t is not None)
+        return tuple(t.detach().clone() for t in (self.delta, self._momentum) if t is not None)
+
+    @property
+    def _momentum(self) -> Tensor | None:
+        return self.optimiser.state[self.delta].get("momentum_buffer")
 
     @torch.no_grad()
     def _restore(self, state: tuple[Tensor, ...]) -> None:
@@ -341,7 +349,10 @@ class Rehearsal:
         self.optimiser.zero_grad()
         # A plain mean would move each token of a long target by next to nothing.
         length = len(losses) / len(rows)
-        (losses.mean() * max(1.0, math.sqrt(length / _SHORT))).backward()
+        loss = losses.mean() * max(1.0, math.sqrt(length / _SHORT))
+        if self.replay is not None:
+            loss = loss + self.replay.loss(self.delta)
+        loss.backward()
         self.delta.grad.mul_(self.mask)  # type: ignore[union-attr]
         self.optimiser.step()
         for edit in {self.owner[i] for i in picked}:
@@ -379,17 +390,3 @@ class Rehearsal:
             held = (self.worst[self._span(edit)] <= self.limit).all()
             if held and self.held_at[edit].isinf():
                 self.held_at[edit] = self.steps[edit]
-
-
-def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Positions of rows of these lengths, in batches that fit memory when nothing is differentiated."""
-    picked: list[int] = []
-    spent = 0
-    for i, length in enumerate(lengths):
-        if picked and (len(picked) == _SWEEP or spent + length > _SWEEP_TOKENS):
-            yield picked
-            picked, spent = [], 0
-        picked.append(i)
-        spent += length
-    if picked:
-        yield picked

@@ -28,10 +28,11 @@ from wisecli.editing.conflicts import Conflicts
 from wisecli.editing.editor import Editor, OpenShard, describe_stream, slices
 from wisecli.errors import InputError, UsageError
 from wisecli.memory.files import ensure_writable, load_tensors, save_tensors
-from wisecli.memory.shard import RunFolder
+from wisecli.memory.shard import RunFolder, locked
 from wisecli.models.base import Base
 
 _RARELY = 30  # times the cost of writing a shard in the making passes before it is written again
+_PATIENCE_S = 60  # for which the ledger's turn is waited for, when shards are learned in several places
 _SAME = ("base", "site", "config", "pool", "texts")
 
 
@@ -86,6 +87,7 @@ class EditRun:
         self.editor = Editor(base, config, extra_pool=extra_pool, texts=texts)
         self.site = self.editor.site
         self.open: OpenShard | None = None
+        self._prepared = False
         ensure_writable(out)
         self.folder = self._take_up(out)
 
@@ -97,19 +99,47 @@ class EditRun:
         total, done = len(self.stream.records), 0
         with self.folder.lock():
             for index, records in self.slices.items():
-                if not self.folder.shard_path(index).exists():
-                    for arrived in self.learn_shard(index):
-                        yield Progress(done + arrived, total)
+                for arrived in self.learn_shard(index):
+                    yield Progress(done + arrived, total)
                 done += len(records)
                 lines = self.folder.write_ledger()
                 yield Progress(done, total, tuple(e for e in lines if e["shard"] == index))
 
+    def one_shard(self, index: int) -> Iterator[Progress]:
+        """Learn one shard alone, whoever learns the others: the unit of work of a cluster.
+
+        The folder's lock is held only to write the ledger, so that others may learn their shards meanwhile.
+
+        Args:
+            index: of the shard in the folder.
+
+        Raises:
+            OutputError: another process is learning this shard, or writes to the folder for long.
+        """
+        records = self.slices[index]
+        for arrived in self.learn_shard(index):
+            yield Progress(arrived, len(records))
+        with locked(self.folder.path, wait=_PATIENCE_S):
+            lines = self.folder.write_ledger()
+        yield Progress(len(records), len(records), tuple(e for e in lines if e["shard"] == index))
+
     def learn_shard(self, index: int) -> Iterator[int]:
-        """Learn one shard and write it, yielding how many of its edits have arrived. The caller holds the lock."""
+        """Learn one shard and write it, yielding how many of its edits have arrived; nothing where it is there.
+
+        Raises:
+            OutputError: another process is learning it.
+        """
+        if self.folder.shard_path(index).exists():
+            return
+        with self.folder.lock_shard(index):
+            if not self.folder.shard_path(index).exists():  # it may have come while the lock was taken
+                yield from self._learn(index)
+
+    def _learn(self, index: int) -> Iterator[int]:
         self.prepare()
         partial = self.folder.partial_path(index)
         superseded = self.settled.superseded
-        self.open = self.editor.open(index, self.stream, self.earlier)
+        self.open = self.editor.open(index, self.stream, self.earlier, self._before(index))
         written, cost = time.monotonic(), 0.0
         for arrived in self.open.learn(self.slices[index], superseded, self._state(partial)):
             self.folder.note("learned", shard=index, done=arrived)
@@ -125,10 +155,13 @@ class EditRun:
 
     def prepare(self) -> None:
         """The gate of the folder, which all shards share; worked out and written where there is none."""
+        if self._prepared:
+            return
         if self.folder.gate_path.exists():
             self.editor.gate = self.folder.gate()
         else:
             self.editor.gate.save(self.folder.gate_path)
+        self._prepared = True
 
     def arguments(self) -> dict[str, Any]:
         """What makes the same run again on the same base, in another process."""
@@ -174,6 +207,11 @@ class EditRun:
         alike = tuple(pair for pair in found.alike if not old.issuperset(pair))
         return Conflicts(superseded, alike)
 
+    def _before(self, index: int) -> list[EditRecord]:
+        """The edits of the folder's earlier shards that are in force, as far as their texts are known."""
+        mine = [r for i, records in self.slices.items() if i < index for r in records]
+        return [r for r in (*self.earlier, *mine) if r.id not in self.settled.superseded]
+
     def _state(self, partial: Path) -> Mapping[str, Tensor] | None:
         """The state of a shard in the making; None where there is none, or it cannot be read."""
         if not self.checkpoints or not partial.exists():
@@ -204,7 +242,8 @@ class EditRun:
         return self._added(folder)
 
     def _refuse_other(self, folder: RunFolder, run: Mapping[str, Any]) -> None:
-        old = {**folder.run, "config": {**folder.run["config"], "shards": None}}
+        known = EditConfig.from_json(folder.run["config"]).to_json()  # with the defaults of settings newer than the run
+        old = {**folder.run, "config": {**known, "shards": None}}
         new = {**run, "config": {**run["config"], "shards": None}}
         changed = [k for k in _SAME if old.get(k) != new[k]]
         if changed:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,7 @@ def generate_answers(
     attached: Attached | None = None,
     batch_size: int = BATCH,
     store: AnswerStore | None = None,
+    sent_to: Sequence[int | None] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Greedy answers, as (position in `prompts`, answer), batch by batch.
 
@@ -131,6 +132,7 @@ def generate_answers(
         max_new_tokens: cap per prompt; a batch runs to its largest and each answer is cut to its own.
         attached: the side memory attached to the base's model, for the routes.
         store: where finished batches of this very state of the model are kept.
+        sent_to: the memory that answers each prompt, None for main, whatever the router would say.
     """
     rows = [encoder.prompt(p) for p in prompts]
     caps = list(max_new_tokens)
@@ -140,7 +142,8 @@ def generate_answers(
         key = digest_of(["generate", encoder.eos, [[rows[i].prompt, caps[i]] for i in picked]])
         kept = store.get(key) if store else None
         if kept is None:
-            found = _generated(base, encoder, [rows[i] for i in picked], [caps[i] for i in picked], attached)
+            with _sent(attached, sent_to, picked):
+                found = _generated(base, encoder, [rows[i] for i in picked], [caps[i] for i in picked], attached)
             if store:
                 store.put(key, [[a.text, a.ids, a.route and a.route.to_json()] for a in found])
         else:
@@ -184,6 +187,7 @@ def force_each(
     batch_size: int = BATCH,
     store: AnswerStore | None = None,
     routed_on: Sequence[int] | None = None,
+    sent_to: Sequence[int | None] | None = None,
 ) -> Iterator[tuple[int, Forced]]:
     """Lead the model along each row's target: argmax and negative log-likelihood at every target position.
 
@@ -196,6 +200,7 @@ def force_each(
             is asked.
         store: where finished batches of this very state of the model are kept.
         routed_on: tokens of each row that the router sees instead, counted from the row's start.
+        sent_to: the memory that answers each row, None for main, whatever the router would say.
     """
     seen = [len(r.prompt) for r in rows] if routed_on is None else list(routed_on)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -205,7 +210,8 @@ def force_each(
         key = digest_of(["force", [[rows[i].prompt, rows[i].target, seen[i]] for i in picked]])
         kept = store.get(key) if store else None
         if kept is None:
-            found = _led(base, encoder, [rows[i] for i in picked], [seen[i] for i in picked], attached)
+            with _sent(attached, sent_to, picked):
+                found = _led(base, encoder, [rows[i] for i in picked], [seen[i] for i in picked], attached)
             if store:
                 store.put(key, [[f.predicted, f.nll, f.route and f.route.to_json()] for f in found])
         else:
@@ -236,6 +242,15 @@ def _routes(attached: Attached | None, rows: int) -> list[Route] | list[None]:
     """The routes just taken; none where nothing is attached or they were set from outside."""
     last = attached.last if attached is not None and not attached.overridden else None
     return attached.explain(last) if attached is not None and last is not None else [None] * rows
+
+
+def _sent(
+    attached: Attached | None, sent_to: Sequence[int | None] | None, picked: Sequence[int]
+) -> AbstractContextManager[None]:
+    """Within it the rows of a batch go where they are sent, if anything is said of that."""
+    if attached is None or sent_to is None:
+        return nullcontext()
+    return attached.override([sent_to[i] for i in picked])
 
 
 def _batches(

@@ -32,6 +32,7 @@ from wisecli.evaluation.answers import (
 from wisecli.evaluation.metrics import all_tokens_match, exact_match, ood_example, ood_token, token_accuracy
 from wisecli.evaluation.questions import Item, Question
 from wisecli.evaluation.store import AnswerStore, digest_of
+from wisecli.memory.side_memory import MAIN_MEMORY
 from wisecli.models.base import Base
 from wisecli.models.prompts import PromptEncoder, Row
 from wisecli.routing.attach import Attached
@@ -40,6 +41,7 @@ from wisecli.versions import versions
 T = TypeVar("T")
 Seen = TypeVar("Seen", Answer, Forced)
 Steps = Generator["Progress", None, T]
+ORACLE = "oracle"  # in the router's place: an edit's prompts go to the memory that learned it, all others to main
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,13 @@ class Asker:
     # -- the edited model ----------------------------------------------------------------------------------------------
 
     def after(
-        self, attached: Attached | None, which: Sequence[int] | None = None, *, stage: str = "edited", kept: bool = True
+        self,
+        attached: Attached | None,
+        which: Sequence[int] | None = None,
+        *,
+        stage: str = "edited",
+        kept: bool = True,
+        oracle: bool = False,
     ) -> Steps[list[Item]]:
         """Ask the model as it is now, and give the items in order.
 
@@ -141,6 +149,7 @@ class Asker:
             attached: what is attached to it; None for the base alone: then after is before.
             which: positions of the questions to ask; all when None.
             kept: keep finished batches in the cache until `close`, so that an interrupted evaluation can go on.
+            oracle: instead of the router, send prompts of an edit to the memory that learned it, all others to main.
         """
         everything = which is None
         which = range(len(self.questions)) if which is None else which
@@ -148,13 +157,15 @@ class Asker:
             plain = {i: self._forced[i] for i in which if i in self._forced}
             contrasts = {i: self._forced_contrasts[i] for i in which if i in self._forced_contrasts}
             return [self._item(i, self._answers, plain, contrasts) for i in which]
-        store = self.store_of(attached) if kept else None
-        answers = yield from self._generate(stage, self._prompts_of(which), self._caps, attached, store)
-        picked = set(which)
+        store = self.store_of(attached, {"router": ORACLE} if oracle else None) if kept else None
+        sent = self._own_memories(attached) if oracle else None
+        answers = yield from self._generate(stage, self._prompts_of(which), self._caps, attached, store, sent)
+        picked, force = set(which), partial(self._force, attached=attached, store=store)
+        to = None if sent is None else [sent[q.prompt] for q in self.questions]
         rows = [r if i in picked else None for i, r in enumerate(self._rows)]
-        forced = yield from self._force(f"{stage}, forced", rows, attached, store)
+        forced = yield from force(f"{stage}, forced", rows, sent_to=to)
         rows = [r if i in picked else None for i, r in enumerate(self._contrasts)]
-        contrasts = yield from self._force(f"{stage}, contrasts", rows, attached, store)
+        contrasts = yield from force(f"{stage}, contrasts", rows, sent_to=to)
         if not everything:
             answers = {p: _or_base(a, self._answers[p]) for p, a in answers.items()}
             forced = {i: _or_base(f, self._forced[i]) for i, f in forced.items()}
@@ -181,10 +192,13 @@ class Asker:
             for i, item in enumerate(items)
         ]
 
-    def ood(self, records: Iterable[EditRecord], attached: Attached | None) -> Steps[list[OodText]]:
+    def ood(
+        self, records: Iterable[EditRecord], attached: Attached | None, oracle: bool = False
+    ) -> Steps[list[OodText]]:
         """Score the texts out of distribution: all tokens but the first, as published.
 
-        A text that begins with the edit's prompt is routed on that; any other on all of it.
+        A text that begins with the edit's prompt is routed on that; any other on all of it. An oracle sends it to the
+        memory that learned the edit.
         """
         encoder = PromptEncoder(self.base.tokenizer)
         texts = [(r, t) for r in records for t in r.ood]
@@ -199,7 +213,10 @@ class Asker:
             before = yield from ask("base, texts", attached=None, store=self.store_of(None))
         after = before
         if attached is not None:
-            after = yield from ask("edited, texts", attached=attached, store=self.store_of(attached))
+            memory_of = {e.id: e.memory for e in attached.side_memory.edits}
+            to = [memory_of.get(r.id, MAIN_MEMORY) for r, _ in texts] if oracle else None
+            store = self.store_of(attached, {"router": ORACLE} if oracle else None)
+            after = yield from ask("edited, texts", attached=attached, store=store, sent_to=to)
         out = []
         for i, (record, text) in enumerate(texts):
             if i in before:
@@ -254,10 +271,12 @@ class Asker:
         caps: Mapping[str, int],
         attached: Attached | None,
         store: AnswerStore | None,
+        sent: Mapping[str, int | None] | None = None,
     ) -> Steps[dict[str, Answer]]:
         found: dict[str, Answer] = {}
         limits = [caps[p] for p in prompts]
-        each = generate_answers(self.base, self.encoder, prompts, limits, attached, self.batch_size, store)
+        to = None if sent is None else [sent[p] for p in prompts]
+        each = generate_answers(self.base, self.encoder, prompts, limits, attached, self.batch_size, store, to)
         for done in self._timed(stage, each):
             found[prompts[done[0]]] = done[1]
             yield Progress(stage, len(found), len(prompts))
@@ -272,15 +291,15 @@ class Asker:
         *,
         seen: Sequence[int] | None = None,
         encoder: PromptEncoder | None = None,
+        sent_to: Sequence[int | None] | None = None,
     ) -> Steps[dict[int, Forced]]:
         """What was seen along each row, by position; rows that are None or have no target are left out."""
         places = [i for i, r in enumerate(rows) if r is not None and r.target]
         picked = [r for r in rows if r is not None and r.target]
         routed_on = None if seen is None else [seen[i] for i in places]
+        to = None if sent_to is None else [sent_to[i] for i in places]
         found: dict[int, Forced] = {}
-        each = force_each(
-            self.base, encoder or self.encoder, picked, attached, self.batch_size, store, routed_on=routed_on
-        )
+        each = force_each(self.base, encoder or self.encoder, picked, attached, self.batch_size, store, routed_on, to)
         for at, forced in self._timed(stage, each):
             found[places[at]] = forced
             yield Progress(stage, len(found), len(picked))
@@ -293,6 +312,15 @@ class Asker:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
             yield x
             started = time.perf_counter()
+
+    def _own_memories(self, attached: Attached) -> dict[str, int | None]:
+        """Where an oracle sends each prompt: that of an edit to the memory that learned it, any other to main (None).
+
+        A withdrawn edit is in no memory, nor is one that the side memory does not hold.
+        """
+        own = {e.id: e.memory for e in attached.side_memory.edits if e.memory != MAIN_MEMORY}
+        sent: dict[str, int | None] = dict.fromkeys(self.prompts)
+        return sent | {q.prompt: own.get(q.edit) for q in self.questions if q.edited}
 
     def _prompts_of(self, which: Iterable[int]) -> list[str]:
         return list(dict.fromkeys(self.questions[i].prompt for i in which))

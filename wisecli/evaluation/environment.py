@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from wisecli.evaluation.asking import ORACLE
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base
 from wisecli.versions import versions
@@ -58,7 +59,10 @@ def method_of(sm: SideMemory, router: str) -> str:
     """The method in one line, as it stands above a column."""
     merge = {str(m.origin.get("method", "unknown")) for m in sm.memories}
     schedule = sm.config.get("schedule", "unknown")
-    return f"WISE, {schedule} schedule, {' + '.join(sorted(merge))} merge, {router} router"
+    replay = " with replay" if sm.config.get("replay") else ""
+    several = f", {len(sm.memories)} memories" if len(sm.memories) > 1 else ""
+    how = f"{schedule} schedule{replay}, {' + '.join(sorted(merge))} merge{several}"
+    return f"WISE, {how}, {router}{'' if router == ORACLE else ' router'}"
 
 
 def environment(base: Base) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from wisecli.data.stream import EditStream
 from wisecli.evaluation.ability import measure_ability
 from wisecli.evaluation.answers import BATCH, check_text
-from wisecli.evaluation.asking import Asker, OodText, Progress, Steps
+from wisecli.evaluation.asking import ORACLE, Asker, OodText, Progress, Steps
 from wisecli.evaluation.environment import (
     describe_base,
     describe_side_memory,
@@ -64,7 +64,8 @@ class EvalOptions:
         cache: folder of the answer cache; None for none.
         dataset: name, file and revision of the dataset, for the record.
         side_memory: path of the side memory, for the record.
-        router: "key" or "activation" instead of a side memory's own, for evaluations that learn.
+        router: "key" or "activation" instead of a side memory's own, for evaluations that learn; "oracle" sends the
+            prompts of each edit to the memory that learned it and all others to main memory: what routing could reach.
     """
 
     open_gate: bool = True
@@ -75,6 +76,11 @@ class EvalOptions:
     dataset: Mapping[str, Any] = field(default_factory=dict)
     side_memory: str | None = None
     router: str | None = None
+
+    @property
+    def oracle(self) -> bool:
+        """Whether prompts go where they belong, and no router decides."""
+        return self.router == ORACLE
 
 
 @dataclass(frozen=True)
@@ -211,12 +217,13 @@ def ask_everything(
     asker: Asker, stream: EditStream, attached: Attached | None, options: EvalOptions
 ) -> Steps[Findings]:
     """All that is asked at the end of a stream, of an asker whose base has answered."""
-    items = yield from asker.after(attached)
-    if attached is not None and options.open_gate:
+    items = yield from asker.after(attached, oracle=options.oracle)
+    if attached is not None and options.open_gate and not options.oracle:
         items = yield from asker.opened(attached, items)
-    texts = yield from asker.ood([r for r in stream.records if r.id not in stream.superseded], attached)
+    live = [r for r in stream.records if r.id not in stream.superseded]
+    texts = yield from asker.ood(live, attached, options.oracle)
     ability = None
-    if options.ability:
+    if options.ability and not options.oracle:  # it knows of no edit in ordinary text
         yield Progress("general ability", 0, 1)
         started = time.perf_counter()
         stores = (asker.store_of(None), asker.store_of(attached))
@@ -246,7 +253,7 @@ def make_report(
     """
     items, base = findings.items, asker.base
     sm = attached.side_memory if attached is not None else None
-    router = attached.router.name if attached is not None else ""
+    router = (ORACLE if options.oracle else attached.router.name) if attached is not None else ""
     scores = scores_of(items)
     seen = [i.route.epsilon for i in items if i.route is not None]
     gates = sorted({round(e, 6) if isfinite(e) else inf for e in seen})  # a route read again has no infinity

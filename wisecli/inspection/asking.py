@@ -87,6 +87,19 @@ def ask_prompts(
     return answers
 
 
+def unlike_base(base: Base, sm: SideMemory, prompts: Mapping[str, str]) -> list[str]:
+    """Of some edits' prompts, by id, those that a side memory does not answer with the base's own text.
+
+    Raises:
+        BaseMismatch: the base is another one.
+    """
+    caps = caps_of_prompts(base, sm, list(dict.fromkeys(prompts.values())))
+    encoder, asked = PromptEncoder(base.tokenizer, chat=sm.chat), list(caps)
+    plain = {asked[i]: a.ids for i, a in generate_answers(base, encoder, asked, list(caps.values()))}
+    answers = ask_prompts(base, sm, caps)
+    return [edit for edit, prompt in prompts.items() if answers[prompt].ids != plain[prompt]]
+
+
 def caps_of(base: Base, sm: SideMemory, edits: Sequence[EditEntry]) -> dict[str, int]:
     """Each distinct prompt of some edits with the tokens its answer may take, by its longest target.
 

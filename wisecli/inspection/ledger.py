@@ -33,7 +33,7 @@ class LedgerLine:
         shard: that learned it; `memory` of the side memory that holds it, -1 for main memory.
         by: the edit that superseded it, where that is known.
         time: when it was learned, ISO-8601 in UTC.
-        indicator: what its prompt reaches at the gate.
+        indicator: what its prompt reaches under the delta that holds it (eq. 3).
         more: what else is written of it.
     """
 

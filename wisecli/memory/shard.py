@@ -242,6 +242,12 @@ class RunFolder:
             now |= {"outcome": SUPERSEDED, "by": by}
         return now | {"outcome": WITHDRAWN} if now["id"] in self.withdrawn else now
 
+    def rebuilt(self, index: int, without: Collection[str], shard: Shard) -> None:
+        """Put a shard that was learned anew without some edits in the place of the one there is."""
+        shard.save(self.shard_path(index))
+        self.write_ledger()
+        self.note("rebuilt", shard=index, without=sorted(without))
+
     def write_ledger(self) -> list[dict[str, Any]]:
         """Bring the ledger in line with the shards; returns its lines."""
         lines = self.entries()
@@ -277,6 +283,19 @@ class RunFolder:
         with locked(self.path):
             yield
 
+    @contextlib.contextmanager
+    def lock_shard(self, index: int) -> Iterator[None]:
+        """Keep others from learning a shard.
+
+        Raises:
+            OutputError: another process is learning it.
+        """
+        part = f"-{index:05d}"
+        with locked(self.path, part):
+            yield
+        # Whoever waits for it looks for the shard first.
+        (self.path / f".lock{part}").unlink(missing_ok=True)
+
     def withdraw(self, ids: Collection[str]) -> RunFolder:
         """The folder with these edits withdrawn: merging leaves them out, and main memory answers their prompts.
 
@@ -284,14 +303,22 @@ class RunFolder:
             InputError: an id is unknown.
             OutputError: another process is writing here.
         """
-        unknown = sorted(set(ids) - {e["id"] for e in self.entries()})
-        if unknown:
-            raise InputError(f"{self.path} has no edit {', '.join(unknown[:5])}.", hint="wise log lists the edits.")
+        self.check_ids(ids)
         with self.lock():
             folder = self.update(withdrawn=sorted(self.withdrawn.union(ids)))
             folder.write_ledger()
             folder.note("withdrawn", ids=sorted(ids))
         return folder
+
+    def check_ids(self, ids: Collection[str]) -> None:
+        """Refuse ids of no edit.
+
+        Raises:
+            InputError: an id is unknown.
+        """
+        unknown = sorted(set(ids) - {e["id"] for e in self.entries()})
+        if unknown:
+            raise InputError(f"{self.path} has no edit {', '.join(unknown[:5])}.", hint="wise log lists the edits.")
 
     def update(self, **changes: Any) -> RunFolder:
         """The folder with parts of run.json replaced."""
@@ -326,14 +353,19 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; see `RunFolder.lock`."""
+def locked(folder: Path, part: str = "", wait: float = 0) -> Iterator[None]:
+    """Hold the lock of a folder, or of a part of what is in it; see `RunFolder.lock`.
+
+    Args:
+        part: what sets the lock's name apart from the folder's own.
+        wait: seconds to wait for it.
+    """
     from filelock import FileLock, Timeout
 
-    holder = folder / ".writer"
-    lock = FileLock(folder / ".lock")
+    holder = folder / f".writer{part}"
+    lock = FileLock(folder / f".lock{part}")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except Timeout:
         who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
         raise OutputError(
