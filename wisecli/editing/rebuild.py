@@ -125,17 +125,14 @@ def _with_gaps(shard: Shard, ids: Sequence[str]) -> Shard:
 
 
 def _spans(run: RunFolder) -> dict[int, float]:
-    """Seconds from the first to the last block of each shard, in proportion to all its blocks, by the journal."""
-    found: dict[int, list[tuple[datetime, int]]] = {}
+    """Seconds that learning each shard took, by the journal."""
+    spans: dict[int, float] = {}
+    last: dict[int, datetime] = {}
     for event in read_lines(run.journal_path):
-        if event.get("event") == "learned":
-            seen = found.setdefault(event["shard"], [])
-            if seen and event["done"] <= seen[-1][1]:
-                seen.clear()  # begun anew
-            seen.append((datetime.fromisoformat(event["time"]), event["done"]))
-    spans = {}
-    for index, seen in found.items():
-        (start, first), (end, last) = seen[0], seen[-1]
-        if last > first:
-            spans[index] = (end - start).total_seconds() * last / (last - first)
+        if event.get("event") not in ("begun", "learned"):
+            continue
+        index, now = event["shard"], datetime.fromisoformat(event["time"])
+        if event["event"] == "learned" and index in last:
+            spans[index] = spans.get(index, 0.0) + (now - last[index]).total_seconds()
+        last[index] = now
     return spans

@@ -139,6 +139,7 @@ class EditRun:
         self.prepare()
         partial = self.folder.partial_path(index)
         superseded = self.settled.superseded
+        self.folder.note("begun", shard=index)
         self.open = self.editor.open(index, self.stream, self.earlier, self._before(index))
         written, cost = time.monotonic(), 0.0
         for arrived in self.open.learn(self.slices[index], superseded, self._state(partial)):
