@@ -4,7 +4,8 @@ The same edits are learned in one go and in ten portions, each added to the run 
 merged into one memory and kept as one memory per shard. Scores are exact match of free greedy generation at the end of
 the stream. *Own memory* is the share of routed rephrases whose memory is their edit's; *open* what an oracle's routing
 would reach. Ten edits are withdrawn in the end: how often the base's own text comes back for their prompts and
-rephrases, and what the others keep.
+rephrases, and what the others keep, with the gate closed to them and with their shards learned anew. *Checkpoints* is
+the share of the time of learning in one go that writing shards in the making took.
 
     python benchmarks/lifelong.py --edits 200 --portions 10 --out lifelong.json
 """
@@ -12,9 +13,11 @@ rephrases, and what the others keep.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,11 @@ import torch
 from wisecli.data.stream import EditStream, read_edits
 from wisecli.editing.config import EditConfig
 from wisecli.editing.merge import merge_run
+from wisecli.editing.rebuild import Rebuild
 from wisecli.editing.run import EditRun
 from wisecli.evaluation.evaluate import EvalOptions, EvalReport, evaluate
 from wisecli.evaluation.metrics import mean
+from wisecli.memory import files
 from wisecli.memory.shard import RunFolder
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base, load_base
@@ -61,9 +66,35 @@ def own_memory(report: EvalReport, sm: SideMemory) -> float | None:
     return mean([i.route is not None and i.route.memory == memory[i.question.edit] for i in routed])
 
 
+@contextlib.contextmanager
+def timed_writing() -> Iterator[list[float]]:
+    """The seconds of each write of a run, as they are spent."""
+    spent: list[float] = []
+    write = files.write_bytes
+
+    def timed(path: Path, data: bytes) -> None:
+        start = time.perf_counter()
+        write(path, data)
+        spent.append(time.perf_counter() - start)
+
+    files.write_bytes = timed
+    try:
+        yield spent
+    finally:
+        files.write_bytes = write
+
+
+def rebuilt(base: Base, run: RunFolder, ids: Collection[str]) -> SideMemory:
+    """The side memory of a run whose shards were learned anew without some edits."""
+    run = run.withdraw(ids)
+    for _ in Rebuild(base, run):
+        pass
+    return merge_run(run, base=base)
+
+
 def withdrawn(base: Base, stream: EditStream, sm: SideMemory, ids: Collection[str]) -> dict[str, float | None]:
     """What comes back of the base, and what the other edits keep."""
-    report = evaluate(base, stream, sm.withdrawn(ids), options=EvalOptions(open_gate=False, ability=False))
+    report = evaluate(base, stream, sm, options=EvalOptions(open_gate=False, ability=False))
     asked = [i for i in report.items if i.question.edited]
     gone = [i for i in asked if i.question.edit in ids]
     return {
@@ -89,7 +120,11 @@ def main() -> None:
     options = EvalOptions(ability=False)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        one = learn(base, [stream], EditConfig(), Path(folder) / "one")
+        with timed_writing() as writes:
+            start = time.perf_counter()
+            one = learn(base, [stream], EditConfig(), Path(folder) / "one")
+            found["checkpoints"] = sum(writes) / (time.perf_counter() - start)
+        print("checkpoints", json.dumps(found["checkpoints"]), flush=True)
         many = learn(base, portions, EditConfig(shards=1), Path(folder) / "many")
         for name, run, how in (
             ("one go", one, {}),
@@ -103,8 +138,9 @@ def main() -> None:
             print(name, json.dumps(found[name]), flush=True)
             if name == "one go":
                 ids = [r.id for r in stream.records[:: max(1, len(stream) // args.withdrawn)]][: args.withdrawn]
-                found["withdrawn"] = withdrawn(base, stream, sm, ids)
-                print("withdrawn", json.dumps(found["withdrawn"]), flush=True)
+                for name, less in (("gate closed", sm.withdrawn(ids)), ("rebuilt", rebuilt(base, one, ids))):
+                    found[f"withdrawn, {name}"] = withdrawn(base, stream, less, ids)
+                    print("withdrawn,", name, json.dumps(found[f"withdrawn, {name}"]), flush=True)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -100,7 +100,8 @@ def package_side_memory(
     Args:
         side_memory: what is shipped.
         out: the folder; made when absent.
-        ledger: write the ledger and keep prompts and targets; without it no text of an edit is in any file.
+        ledger: write the ledger and keep prompts and targets, but for edits that were withdrawn; without it no text of
+            an edit is in any file.
         measured: figures of `measure` for the card.
         evaluation: the JSON of `wise eval`, for the card.
         licence: a licence id for the card, such as apache-2.0.
@@ -112,7 +113,7 @@ def package_side_memory(
         UsageError: the licence is no id.
     """
     check_request(out, evaluation=evaluation, licence=licence, force=force, side_memory=side_memory)
-    shipped = side_memory if ledger else side_memory.without_texts()
+    shipped = side_memory.without_texts(withdrawn_only=ledger)
     about = _about(evaluation) if evaluation is not None else None
     card = render_card(shipped, ledger=ledger, measured=measured, evaluation=about, licence=_licence(licence))
     _clear(out)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,7 @@ from wisecli.cli import _options as opt
 from wisecli.cli._output import Output, figure
 
 if TYPE_CHECKING:
-    from wisecli.memory.side_memory import SideMemory
+    from wisecli.memory.side_memory import Memory, SideMemory
 
 _MEDIAN = 2  # of minimum, 1 %, median, 99 %, maximum
 
@@ -93,7 +93,7 @@ def _facts(side_memory: SideMemory, shards: str) -> list[tuple[str, str]]:
     thresholds = {k: [m.epsilon[k] for m in memories if k in m.epsilon] for k in memories[0].epsilon}
     return [
         ("shards", shards),
-        ("edits", f"{len(side_memory.edits)}, {took} took{_rehearsed(memories[0].origin)}"),
+        ("edits", f"{len(side_memory.edits)}, {took} took{_rehearsed(memories)}"),
         ("memories", f"{len(memories)}, density {density} of {rows} x {columns}"),
         ("scope", _scope(side_memory)),
         ("thresholds", ", ".join(f"{k} {_range(v)}" for k, v in thresholds.items())),
@@ -140,5 +140,7 @@ def _weights(text: str | None) -> list[float] | None:
         raise UsageError(f"--weights must be numbers separated by commas, not {text!r}.") from None
 
 
-def _rehearsed(origin: Mapping[str, Any]) -> str:
-    return "; rehearsed after merging" if origin["rehearsed"] else "; not rehearsed after merging"
+def _rehearsed(memories: Sequence[Memory]) -> str:
+    if all(len(m.origin["shards"]) == 1 for m in memories) and not any(m.origin["rehearsed"] for m in memories):
+        return "; as they were learned"
+    return "; rehearsed after merging" if any(m.origin["rehearsed"] for m in memories) else "; not rehearsed"

@@ -52,7 +52,7 @@ class MergeConfig:
             per shard (WISE-Retrieve).
         density: share of each shard's *trained* entries that trimming or dropping keeps.
         rehearse: restore the edits that merging disturbed; needs the base and the texts of the edits, and is left out
-            for the published schedule.
+            for the published schedule and for a memory of one shard, which is as it was learned.
         scope: how much the key router claims; see `memory.calibration.SCOPES`.
         values: dtype in which the merged delta is stored.
     """
@@ -171,6 +171,8 @@ def _merge_group(
     share = how.density * config.mask_density if trims else how.density
     deltas = [s.delta.dense() for s in shards]
     merged = merge_deltas(deltas, how.method, density=share, weights=how.weights, seed=config.seed)
+    # A shard by itself comes out as it was learned: nothing was disturbed, and there is nothing to restore.
+    how = replace(how, rehearse=how.rehearse and not (len(deltas) == 1 and torch.equal(merged, deltas[0])))
     delta, entries, steps = _settle(upper, run, config, merged, _entries(shards, index), how)
     origin = {
         "method": how.method,
@@ -200,8 +202,9 @@ def _settle(
     steps = None
     if upper is None or not run["texts"]:
         return SparseDelta.pack(merged, dtype=how.values), entries, steps
-    captured = _capture(upper, config, entries)
-    if captured and how.rehearse and config.schedule == "rehearsal":
+    rehearse = how.rehearse and config.schedule == "rehearsal"
+    captured = _capture(upper, config, entries, config.contexts if rehearse else 0)
+    if captured and rehearse:
         learner = Rehearsal(upper, merged != 0, config, config.seed, start=merged)
         took = {e.id: e.took for e in entries}
         failed = [i for i, c in enumerate(captured) if not took[c.record.id]]
@@ -264,11 +267,13 @@ def _known(method: str) -> str:
     return method
 
 
-def _capture(upper: UpperModel, config: EditConfig, entries: Sequence[EditEntry]) -> list[CapturedEdit]:
-    """All edits in force, with the same rows as while editing."""
+def _capture(
+    upper: UpperModel, config: EditConfig, entries: Sequence[EditEntry], contexts: int
+) -> list[CapturedEdit]:
+    """All edits in force, with so many of the rows behind a context as while editing."""
     live = [e for e in entries if e.details["outcome"] not in (SUPERSEDED, WITHDRAWN)]
     records = [EditRecord(e.id, str(e.prompt), str(e.target)) for e in live]
-    return capture_edits(upper, records, config.contexts, config.seed)
+    return capture_edits(upper, records, contexts, config.seed)
 
 
 @torch.no_grad()

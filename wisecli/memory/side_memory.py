@@ -236,9 +236,13 @@ class SideMemory:
         )
         return replace(self, edits=edits)
 
-    def without_texts(self) -> SideMemory:
-        """The same side memory with the edits' prompts and targets left out; ids stay."""
-        return replace(self, edits=tuple(replace(e, prompt=None, target=None) for e in self.edits))
+    def without_texts(self, withdrawn_only: bool = False) -> SideMemory:
+        """The same side memory with the prompts and targets of its edits, or of withdrawn ones, left out; ids stay."""
+        edits = (
+            e if withdrawn_only and e.memory != MAIN_MEMORY else replace(e, prompt=None, target=None)
+            for e in self.edits
+        )
+        return replace(self, edits=tuple(edits))
 
 
 def vars_of(obj: Any) -> dict[str, Any]:
