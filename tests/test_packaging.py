@@ -479,9 +479,10 @@ def test_the_command_refuses_before_it_loads_the_base(
 
 
 def test_the_texts_of_withdrawn_edits_are_not_shipped(side_memory: SideMemory, tmp_path: Path) -> None:
-    gone, kept = side_memory.edits[0], side_memory.edits[1]
+    gone, kept = (e for e in side_memory.edits if e.id in ("e1", "e2"))
     package_side_memory(side_memory.withdrawn([gone.id]), tmp_path / "package")
     shipped = SideMemory.load(tmp_path / "package" / "side_memory.safetensors")
-    assert [(e.prompt, e.target) for e in shipped.edits[:2]] == [(None, None), (kept.prompt, kept.target)]
+    texts = {e.id: (e.prompt, e.target) for e in shipped.edits}
+    assert (texts[gone.id], texts[kept.id]) == ((None, None), (kept.prompt, kept.target))
     for file in (tmp_path / "package").iterdir():
         assert str(gone.prompt).encode() not in file.read_bytes()
