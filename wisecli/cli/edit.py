@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -230,7 +231,11 @@ def _learn(
     if run.finished:
         sink.line(f"Continuing: {run.finished} of {run.config.shards} shards are learned already.")
     with sink.progress() as bar:
-        task = bar.add_task("learning", total=len(run.stream.records))
+        task = bar.add_task("preparing the gate", total=None)
+        with run.folder.lock() if unit is None else nullcontext():
+            run.prepare()
+            run.settled  # noqa: B018  (what clashes is found by the gate, too)
+        bar.reset(task, total=len(run.stream.records), description="learning")
         for step in steps:
             bar.update(task, completed=step.done, total=step.total)
             entries += step.finished
