@@ -1,6 +1,7 @@
-"""Routing among many memories, against the plain router that computes every indicator.
+"""Routing among many memories and many keys, against the plain ways that compute every indicator and every distance.
 
-Estimates may leave memories out, and dense deltas come and go; neither may change a decision or an answer.
+Estimates and bounds may leave memories and keys out, and dense deltas come and go; none may change a decision or an
+answer.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from wisecli.memory import lookup
 from wisecli.memory.bits import SparseDelta, draw_mask
 from wisecli.memory.dense import FEW, DenseDeltas
 from wisecli.memory.indicator import activation_indicator
+from wisecli.memory.keys import KeySpace, KeyStore
+from wisecli.memory.lookup import Index, score
 from wisecli.memory.side_memory import SideMemory
 from wisecli.memory.sketch import MARGIN, RANK, Sketches
 from wisecli.models.site import find_site
@@ -226,6 +230,100 @@ def test_many_threads_get_the_right_deltas_and_keep_no_more_than_the_bound() -> 
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+WIDTH = 24
+
+
+def keys_and_queries(seed: int, n: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys [n, r] of which some are there several times, crowding [n], and queries at keys, beside them and far off."""
+    g = torch.Generator().manual_seed(seed)
+    keys = (scale * torch.randn(n, WIDTH, generator=g) / WIDTH**0.5).half().float()
+    keys[n // 2 :: 3] = keys[n // 4].clone()
+    crowding = torch.rand(n, generator=g) * 0.8
+    crowding[n // 2 :: 6] = crowding[n // 4].clone()
+    at = keys[torch.randint(n, (8,), generator=g)]
+    beside = at + 1e-4 * scale * torch.randn(at.shape, generator=g)
+    far = scale * torch.randn(8, WIDTH, generator=g)
+    return keys, crowding, torch.cat([at, beside, far, keys[n // 4][None], torch.zeros(1, WIDTH)])
+
+
+@given(seeds, st.integers(1, 1500), st.sampled_from([1e-3, 1.0, 1e3]))
+@quick
+def test_the_best_key_is_the_one_that_measuring_all_finds_bit_for_bit(seed: int, n: int, scale: float) -> None:
+    keys, crowding, z = keys_and_queries(seed, n, scale)
+    want = score(z, keys, crowding).max(1)
+    with pytest.MonkeyPatch.context() as patched:
+        for small, pairs, block in ((0, 1 << 18, 1 << 24), (0, 5, 1 << 24), (0, 1 << 18, 3 * n), (2000, 5, 5)):
+            for name, value in (("_SMALL", small), ("_PAIRS", pairs), ("_BLOCK", block)):
+                patched.setattr(lookup, name, value)
+            index = Index(keys, crowding)
+            best, at = index.nearest(z)
+            assert torch.equal(best, want.values)
+            assert torch.equal(at, want.indices)
+            for i in range(len(z)):
+                alone, key = index.nearest(z[i : i + 1])
+                assert torch.equal(alone[0], best[i])
+                assert torch.equal(key[0], at[i])
+
+
+@given(seeds)
+@quick
+def test_no_key_scores_more_than_its_bound_and_few_are_measured(seed: int) -> None:
+    keys, crowding, z = keys_and_queries(seed, 1500)
+    most, scores = Index(keys, crowding)._most(z), score(z, keys, crowding)
+    assert (most >= scores).all()
+    assert (most - scores).max() < 0.02
+    equal = (scores == scores.max(1, keepdim=True).values).sum(1)
+    assert ((most >= scores.max(1, keepdim=True).values).sum(1) <= equal + 2).all()
+
+
+def test_where_products_are_rounded_more_coarsely_all_keys_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, crowding, z = keys_and_queries(1, 1500)
+    index = Index(keys, crowding)
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(index, "_nearest", lambda z: pytest.fail("a bound was used that does not hold"))
+    try:
+        torch.set_float32_matmul_precision("medium")
+        best, at = index.nearest(z)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    want = score(z, keys, crowding).max(1)
+    assert torch.equal(best, want.values)
+    assert torch.equal(at, want.indices)
+
+
+def test_autocast_changes_nothing_about_the_best_key() -> None:
+    keys, crowding, z = keys_and_queries(2, 1500)
+    index = Index(keys, crowding)
+    with torch.autocast("cpu", torch.bfloat16):
+        best, at = index.nearest(z)
+    want = index.nearest(z)
+    assert torch.equal(best, want[0])
+    assert torch.equal(at, want[1])
+
+
+def test_a_query_that_is_no_number_reaches_nothing() -> None:
+    keys, crowding, z = keys_and_queries(3, 1500)
+    z[4] = torch.nan
+    best, at = Index(keys, crowding).nearest(z)
+    assert best.isnan().tolist() == [i == 4 for i in range(len(z))]
+    assert (at < len(keys)).all()
+
+
+def test_a_store_of_many_keys_names_the_first_of_equal_edits() -> None:
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(1500, WIDTH, generator=g)
+    space = KeySpace.fit(h, torch.full((len(h),), -1), WIDTH)
+    vectors = space(h).half()
+    store = KeyStore(space, torch.cat([vectors, vectors]), torch.arange(3000), torch.zeros(3000).half())
+    best, edit = store.nearest(h)
+    assert torch.equal(edit, torch.arange(1500))
+    assert torch.equal(best, store.scores(h).max(1).values)
+    other = dataclasses.replace(store, keys=-store.keys)  # another store, with keys of its own
+    assert not torch.equal(other.nearest(h)[0], best)
 
 
 # -- on a model --------------------------------------------------------------------------------------------------------

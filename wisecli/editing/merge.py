@@ -32,7 +32,8 @@ from wisecli.memory.calibration import (
     key_calibration,
 )
 from wisecli.memory.indicator import activation_indicator
-from wisecli.memory.keys import KeyStore, crowding, score
+from wisecli.memory.keys import KeyStore, crowding
+from wisecli.memory.lookup import score
 from wisecli.memory.merge import METHODS, merge_deltas
 from wisecli.memory.shard import FAILED, SUPERSEDED, TOOK, WITHDRAWN, Gate, RunFolder, Shard
 from wisecli.memory.side_memory import MAIN_MEMORY, EditEntry, Memory, SideMemory

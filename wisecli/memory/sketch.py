@@ -20,7 +20,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-RANK = 8
+RANK = 16
 MARGIN = 0.2  # an estimate is taken to lie no further below the indicator than this share of it
 _SEED = 0
 
