@@ -211,7 +211,7 @@ class KeyRouter:
     name: str = "key"
 
     def decide(self, seen: Seen) -> Routes:
-        score, edit = self.keys.nearest(_at_last(seen))
+        score, edit = self.keys.nearest(last_entries(seen))
         memory, epsilon = self._claims(edit)
         return Routes.of(torch.where(score > epsilon, memory, MAIN), score, epsilon, edit)
 
@@ -220,7 +220,7 @@ class KeyRouter:
         return torch.stack([self.keys.nearest(row)[0] for row in seen.entry])  # a row at a time: T x n scores are many
 
     def ranking(self, seen: Seen, top: int) -> Ranking:
-        scores = self.keys.scores(_at_last(seen))
+        scores = self.keys.scores(last_entries(seen))
         owner = self.keys.owner.to(scores.device)
         best = scores.new_full((len(scores), len(self.memory_of)), -torch.inf)
         best.scatter_reduce_(1, owner.expand_as(scores), scores, "amax")
@@ -234,7 +234,7 @@ class KeyRouter:
         return memory, torch.where(memory == MAIN, torch.inf, self.epsilon.to(edit.device)[memory])
 
 
-def _at_last(seen: Seen) -> Tensor:
+def last_entries(seen: Seen) -> Tensor:
     """The entry [B, D] at each row's last content token."""
     return seen.entry[torch.arange(len(seen.entry), device=seen.entry.device), last_content(seen.content)]
 
