@@ -41,7 +41,8 @@ from wisecli.editing.merge import merge_shards
 from wisecli.evaluation.evaluate import EvalOptions, evaluate
 from wisecli.evaluation.metrics import auc, mean
 from wisecli.evaluation.questions import SCORES, Item
-from wisecli.memory.keys import SHARE, KeySpace, alike
+from wisecli.memory.keys import KeySpace
+from wisecli.memory.lookup import SHARE, alike
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base, load_base
 from wisecli.models.prompts import PromptEncoder

@@ -30,7 +30,8 @@ from wisecli.memory.files import (
     write_bytes,
     write_json,
 )
-from wisecli.memory.keys import KeySpace, KeyStore, alike, crowding
+from wisecli.memory.keys import KeySpace, KeyStore, crowding
+from wisecli.memory.lookup import alike
 from wisecli.memory.side_memory import EditEntry, Memory, SideMemory
 from wisecli.models.prompts import ContentRule
 from wisecli.models.site import EditSite

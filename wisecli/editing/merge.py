@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import slices
 from wisecli.editing.margins import indicators_of
 from wisecli.editing.rehearsal import Rehearsal
+from wisecli.editing.rewording import Rewording
 from wisecli.errors import BaseMismatch, InputError, UsageError
 from wisecli.memory.bits import SparseDelta
 from wisecli.memory.calibration import (
@@ -31,14 +33,15 @@ from wisecli.memory.calibration import (
     key_calibration,
 )
 from wisecli.memory.indicator import activation_indicator
-from wisecli.memory.keys import KeyStore, crowding, score
+from wisecli.memory.keys import KeyStore, crowding
+from wisecli.memory.lookup import score
 from wisecli.memory.merge import METHODS, merge_deltas
 from wisecli.memory.shard import FAILED, SUPERSEDED, TOOK, WITHDRAWN, Gate, RunFolder, Shard
 from wisecli.memory.side_memory import MAIN_MEMORY, EditEntry, Memory, SideMemory
 from wisecli.models.base import Base, matches
-from wisecli.models.prompts import ContentRule, PromptEncoder, Row
+from wisecli.models.prompts import ContentRule, PromptEncoder
 from wisecli.models.site import EditSite
-from wisecli.models.upper import UpperModel
+from wisecli.models.upper import CapturedRow, UpperModel
 from wisecli.versions import versions
 
 
@@ -107,8 +110,8 @@ def merge_shards(
     """
     how = how or MergeConfig()
     config = EditConfig.from_json(run["config"])
-    groups = _groups(shards, how)
-    merged = [_merge_group(upper, run, config, i, group, how) for i, group in enumerate(groups)]
+    job = _Job(upper, run, config, how)
+    merged = [_merge_group(job, i, group) for i, group in enumerate(_groups(shards, how))]
     entries = tuple(e for m in merged for e in m.entries)
     keys = _keys(gate, shards, entries)
     if not len(keys.owner):
@@ -141,6 +144,21 @@ def merge_shards(
 
 
 @dataclass(frozen=True)
+class _Job:
+    """What all memories of a merge share; see `merge_shards`."""
+
+    upper: UpperModel | None
+    run: Mapping[str, Any]
+    config: EditConfig
+    how: MergeConfig
+
+    @cached_property
+    def rewording(self) -> Rewording | None:
+        """How other wordings move the base's activations: the same for every memory, and measured once."""
+        return Rewording.measure(self.upper) if self.upper is not None and self.config.rewording else None
+
+
+@dataclass(frozen=True)
 class _Merged:
     """One memory in the making: its delta, its edits with their outcome under it, how it came about."""
 
@@ -159,21 +177,15 @@ def _groups(shards: Sequence[Shard], how: MergeConfig) -> list[Sequence[Shard]]:
     return [group for group in slices(shards, n) if group]
 
 
-def _merge_group(
-    upper: UpperModel | None,
-    run: Mapping[str, Any],
-    config: EditConfig,
-    index: int,
-    shards: Sequence[Shard],
-    how: MergeConfig,
-) -> _Merged:
+def _merge_group(job: _Job, index: int, shards: Sequence[Shard]) -> _Merged:
+    how, config = job.how, job.config
     trims = METHODS[_known(how.method)].trim and 0 < how.density < 1
     share = how.density * config.mask_density if trims else how.density
     deltas = [s.delta.dense() for s in shards]
     merged = merge_deltas(deltas, how.method, density=share, weights=how.weights, seed=config.seed)
     # A shard by itself comes out as it was learned: nothing was disturbed, and there is nothing to restore.
-    how = replace(how, rehearse=how.rehearse and not (len(deltas) == 1 and torch.equal(merged, deltas[0])))
-    delta, entries, steps = _settle(upper, run, config, merged, _entries(shards, index), how)
+    disturbed = len(deltas) > 1 or not torch.equal(merged, deltas[0])
+    delta, entries, steps = _settle(job, merged, _entries(shards, index), disturbed)
     origin = {
         "method": how.method,
         "density": how.density,
@@ -187,25 +199,21 @@ def _merge_group(
 
 
 def _settle(
-    upper: UpperModel | None,
-    run: Mapping[str, Any],
-    config: EditConfig,
-    merged: Tensor,
-    entries: tuple[EditEntry, ...],
-    how: MergeConfig,
+    job: _Job, merged: Tensor, entries: tuple[EditEntry, ...], disturbed: bool
 ) -> tuple[SparseDelta, tuple[EditEntry, ...], int | None]:
     """Rehearse the merged delta where that is wanted and possible, pack it, and ask every edit again.
 
     Returns the packed delta, the entries with their outcome under it, and the rehearsal steps all edits took
     together, None when nothing was rehearsed.
     """
+    upper, config, how = job.upper, job.config, job.how
     steps = None
-    if upper is None or not run["texts"]:
+    if upper is None or not job.run["texts"]:
         return SparseDelta.pack(merged, dtype=how.values), entries, steps
-    rehearse = how.rehearse and config.schedule == "rehearsal"
+    rehearse = how.rehearse and disturbed and config.schedule == "rehearsal"
     captured = _capture(upper, config, entries, config.contexts if rehearse else 0)
     if captured and rehearse:
-        learner = Rehearsal(upper, merged != 0, config, config.seed, start=merged)
+        learner = Rehearsal(upper, merged != 0, config, config.seed, start=merged, rewording=job.rewording)
         took = {e.id: e.took for e in entries}
         failed = [i for i, c in enumerate(captured) if not took[c.record.id]]
         steps = sum(o.steps for o in learner.hold(captured, failed))
@@ -267,9 +275,7 @@ def _known(method: str) -> str:
     return method
 
 
-def _capture(
-    upper: UpperModel, config: EditConfig, entries: Sequence[EditEntry], contexts: int
-) -> list[CapturedEdit]:
+def _capture(upper: UpperModel, config: EditConfig, entries: Sequence[EditEntry], contexts: int) -> list[CapturedEdit]:
     """All edits in force, with so many of the rows behind a context as while editing."""
     live = [e for e in entries if e.details["outcome"] not in (SUPERSEDED, WITHDRAWN)]
     records = [EditRecord(e.id, str(e.prompt), str(e.target)) for e in live]
@@ -359,7 +365,7 @@ def _own_scores(keys: KeyStore) -> Tensor:
 @torch.no_grad()
 def _calibrate_activation(upper: UpperModel, config: EditConfig, merged: Sequence[_Merged]) -> list[Calibration | None]:
     """The activation router's threshold of each memory; None for one in which no edit took."""
-    rows = [upper.encoder.prompt(p) for p in ordinary_prompts()]
+    ordinary = upper.capture([upper.encoder.prompt(p) for p in ordinary_prompts()])
     found: list[Calibration | None] = []
     for m in merged:
         prompts = [e.prompt for e in m.entries if e.took and e.prompt is not None]
@@ -367,11 +373,10 @@ def _calibrate_activation(upper: UpperModel, config: EditConfig, merged: Sequenc
         if not prompts:
             found.append(None)
             continue
-        inside = _indicators(upper, [upper.encoder.prompt(p) for p in prompts], delta)
-        found.append(activation_threshold(inside, _indicators(upper, rows, delta), config.act_ratio))
+        own = upper.capture([upper.encoder.prompt(p) for p in prompts])
+        found.append(activation_threshold(_indicators(own, delta), _indicators(ordinary, delta), config.act_ratio))
     return found
 
 
-def _indicators(upper: UpperModel, rows: Sequence[Row], delta: Tensor) -> Tensor:
-    captured = upper.capture(rows)
+def _indicators(captured: Sequence[CapturedRow], delta: Tensor) -> Tensor:
     return torch.cat([activation_indicator(r.a[None].float(), r.content[None], delta) for r in captured]).cpu()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from wisecli.inspection.ledger import LedgerLine, find, ledger_of
 from wisecli.inspection.source import MergedSource, RunSource, Source
-from wisecli.memory.keys import KeyStore, crowding, score
+from wisecli.memory.keys import KeyStore, crowding
+from wisecli.memory.lookup import score
 from wisecli.memory.shard import SUPERSEDED, WITHDRAWN, Shard
 
 _NEAREST = 5

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from wisecli.data.pool import ALONE
 from wisecli.errors import UsageError
-from wisecli.memory.keys import SHARE, KeySpace, alike, crowding, principal_axes, score
+from wisecli.memory.keys import KeySpace, crowding, principal_axes
+from wisecli.memory.lookup import SHARE, alike, score
 
 FOLDS = 4
 

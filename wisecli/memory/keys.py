@@ -15,7 +15,7 @@ for an edit e takes half of it off:
     s_e(q) = max over keys k of e of  alike(z_q, k)  -  crowding_e / 2,
     crowding_e = max over ordinary prompts p of  alike(z_p, k_e),  with k_e the key of its prompt alone.
 
-The edit of the largest score is the nearest, and names the answer's reason.
+The edit of the largest score is the nearest, and names the answer's reason; `lookup` finds it.
 
 Shapes: `N` prompts, `D` model width, `r` kept directions, `n` keys, `E` edits.
 """
@@ -23,15 +23,16 @@ Shapes: `N` prompts, `D` model width, `r` kept directions, `n` keys, `E` edits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from wisecli.data.pool import ALONE
+from wisecli.memory.lookup import Index, alike, score
 
 RIDGE = 0.1  # of the mean variance within a fact, added to every direction's
 WIDEST = 1024  # principal directions at most in which the discriminant is sought
-SHARE = 0.5  # of the crowding that is taken off
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _within(h: Tensor, group: Tensor) -> Tensor:
 class KeyStore:
     """All keys of a side memory: vectors [n, r] and the edit each belongs to [n]; crowding [E] of each edit.
 
-    Vectors and crowding are fp16 as stored.
+    Vectors and crowding are fp16 as stored; where prompts are looked up they are kept in fp32 beside them.
     """
 
     space: KeySpace
@@ -122,26 +123,25 @@ class KeyStore:
         """s_k for every key [.., n], for entries [.., D]."""
         return score(self.space(h), self.keys.to(h.device).float(), self._off.to(h.device))
 
+    @torch.no_grad()
     def nearest(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Largest score [N] and the edit [N] it belongs to, for entries [N, D]."""
-        best, at = self.scores(h).max(1)
-        return best, self.owner.to(h.device)[at]
+        """Largest score [N] and the edit [N] it belongs to, the first of equal ones, for entries [N, D]."""
+        if h.device not in self._placed:
+            with torch.inference_mode(False):
+                owner = self.owner.to(h.device)
+                self._placed[h.device] = Index(self.keys.to(h.device).float(), self._off.to(h.device)), owner
+        index, owner = self._placed[h.device]
+        best, at = index.nearest(self.space(h))
+        return best, owner[at]
+
+    @cached_property
+    def _placed(self) -> dict[torch.device, tuple[Index, Tensor]]:
+        """The keys and their owners by device."""
+        return {}
 
     @property
     def _off(self) -> Tensor:
         return self.crowding.float()[self.owner]
-
-
-def alike(z: Tensor, keys: Tensor) -> Tensor:
-    """1 - ||z - k|| / sqrt(2) for queries [.., r] and keys [n, r]: [.., n]."""
-    # Through products of matrices, what is next to its key would be as far off as the rounding of its length.
-    apart = torch.cdist(z.reshape(-1, z.shape[-1]), keys, compute_mode="donot_use_mm_for_euclid_dist")
-    return 1 - apart.view(*z.shape[:-1], len(keys)) / 2**0.5
-
-
-def score(z: Tensor, keys: Tensor, crowding: Tensor) -> Tensor:
-    """alike(z, k) - crowding / 2 for queries [.., r], keys [n, r] and the crowding of each key [n]: [.., n]."""
-    return alike(z, keys) - SHARE * crowding
 
 
 def crowding(keys: Tensor, ordinary: Tensor) -> Tensor:

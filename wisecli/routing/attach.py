@@ -24,6 +24,7 @@ from torch import Tensor
 
 from wisecli.errors import BaseMismatch, InputError, RoutingError, UsageError
 from wisecli.hub import SIDE_MEMORY, fetch, is_hub_id
+from wisecli.memory.dense import DenseDeltas
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import matches
 from wisecli.models.prompts import Batch
@@ -65,8 +66,8 @@ class Attached(OnModel):
             self._unmount(self._member.key)
 
     @property
-    def deltas(self) -> list[Tensor]:
-        """The deltas [D, F] as they are added now, in the model's dtype."""
+    def deltas(self) -> DenseDeltas:
+        """The deltas [D, F] as they are added now, in the model's dtype; many are made dense when asked for."""
         return self._member.deltas
 
     @contextlib.contextmanager
@@ -84,7 +85,7 @@ class Attached(OnModel):
                     f"Routes {picked} do not name memories of this side memory, which has {len(self.deltas)}.",
                     hint="Give one memory index per row, None for main memory.",
                 )
-            routes = Routes.forced(torch.tensor(picked, device=self.deltas[0].device))
+            routes = Routes.forced(torch.tensor(picked, device=self.deltas.device))
         token = self._override.set(routes)
         try:
             yield

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wisecli.errors import RoutingError, UsageError
+from wisecli.memory.dense import DenseDeltas
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.site import decoder_layers
 from wisecli.routing.calls import Generation, Prompts, arguments, input_of, read_prompts
@@ -46,16 +47,14 @@ class Member:
         self.key = next(_ids)
         self.side_memory, self.site = side_memory, side_memory.site
         self.ffn = self.site.module(model)
-        self.deltas: list[Tensor] = []
+        self.deltas = DenseDeltas([m.delta for m in side_memory.memories])
         self.follow(self.ffn.weight.device)
         self.router: Router = build_router(side_memory, self.deltas, router)
 
     def follow(self, device: torch.device) -> None:
         """Bring the deltas to where the model computes and to its weight's dtype, anew from the stored values."""
         dtype = self.ffn.weight.dtype if self.ffn.weight.is_floating_point() else torch.float32
-        if not self.deltas or self.deltas[0].device != device or self.deltas[0].dtype != dtype:
-            # In place: the router holds the same list.
-            self.deltas[:] = [m.delta.dense().to(device, dtype) for m in self.side_memory.memories]
+        self.deltas.follow(device, dtype)  # the router holds the same sequence
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from wisecli.errors import UsageError
+from wisecli.memory.dense import FEW
 from wisecli.memory.indicator import activation_indicator
 from wisecli.memory.keys import KeyStore
 from wisecli.memory.side_memory import SideMemory
+from wisecli.memory.sketch import MARGIN, Sketches
 from wisecli.models.prompts import last_content
 
 MAIN = -1
@@ -131,11 +133,16 @@ class Router(Protocol):
 
 @dataclass
 class ActivationRouter:
-    """The paper's router: Delta_act of each memory (eq. 3) against its epsilon (eq. 4), top-1 among those that pass."""
+    """The paper's router: Delta_act of each memory (eq. 3) against its epsilon (eq. 4), top-1 among those that pass.
+
+    With sketches, memories are tried in the order of their estimates, and those left out that by their estimate cannot
+    pass or cannot be the strongest. What decides is always an exact indicator.
+    """
 
     deltas: Sequence[Tensor]
     epsilon: Tensor
     name: str = "activation"
+    sketches: Sketches | None = None
 
     def decide(self, seen: Seen) -> Routes:
         acts, best, open_ = self._strongest(seen)
@@ -147,21 +154,51 @@ class ActivationRouter:
         """||a_t delta^T|| of the memory that the decision is about: its mean over content tokens is the indicator."""
         alone = seen.a.flatten(0, 1)[:, None]  # each token as a row of its own
         one = torch.ones_like(seen.content).flatten()[:, None]
-        best = self._strongest(seen)[1].repeat_interleave(seen.content.shape[1])
-        norms = torch.stack([activation_indicator(alone, one, d) for d in self.deltas], 1)  # [B * T, M]
-        return norms.gather(1, best[:, None]).view_as(seen.content)
+        best = self._strongest(seen)[1]
+        norms = torch.zeros(seen.content.shape, device=best.device)
+        for j in best.unique().tolist():
+            norms[best == j] = activation_indicator(alone, one, self.deltas[j]).view_as(norms)[best == j]
+        return norms
 
     def ranking(self, seen: Seen, top: int) -> Ranking:
         none = seen.a.new_zeros(len(seen.a), 0)
         return Ranking(none, none, none.long())
 
     def _strongest(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-        """Indicators [B, M], the memory [B] that counts, and whether it passes [B]."""
-        acts = torch.stack([activation_indicator(seen.a, seen.content, d) for d in self.deltas], 1)
+        """Indicators [B, M], -inf where none was needed, the memory [B] that counts, and whether it passes [B]."""
+        if self.sketches is None:
+            acts = torch.stack([activation_indicator(seen.a, seen.content, d) for d in self.deltas], 1)
+        else:  # each row for itself, so that no row's candidates depend on another's
+            rows = zip(seen.a.split(1), seen.content.split(1), strict=True)
+            acts = torch.stack([self._candidates(self.sketches, *row) for row in rows])
         # A memory below its own epsilon never hides one that passes.
         passing = torch.where(acts > self.epsilon.to(acts.device), acts, -torch.inf)
         open_ = passing.isfinite().any(1)
         return acts, torch.where(open_, passing.argmax(1), acts.argmax(1)), open_
+
+    @torch.no_grad()
+    def _candidates(self, sketches: Sketches, a: Tensor, content: Tensor) -> Tensor:
+        """Indicators [M] of one row, a [1, T, F], for the memories that its decision is between; -inf for the others.
+
+        Among them are all that may pass their own epsilon and be stronger than the strongest that does. Where none
+        passes, the one of the largest estimate is there to tell what came closest.
+        """
+        estimate = sketches.indicators(a[0], content[0])
+        reach, epsilon = (estimate * (1 + MARGIN)).tolist(), self.epsilon.tolist()
+        order = estimate.argsort(descending=True).tolist()
+        found: dict[int, Tensor] = {}
+        strongest = -inf
+        for j in order:
+            if reach[j] < strongest:
+                break
+            if reach[j] > epsilon[j]:
+                found[j] = activation_indicator(a, content, self.deltas[j])[0]
+                strongest = max(strongest, x) if (x := float(found[j])) > epsilon[j] else strongest
+        if strongest == -inf and order[0] not in found:
+            found[order[0]] = activation_indicator(a, content, self.deltas[order[0]])[0]
+        acts = estimate.new_full((len(order),), -torch.inf)
+        acts[list(found)] = torch.stack(list(found.values()))
+        return acts
 
 
 @dataclass
@@ -174,7 +211,7 @@ class KeyRouter:
     name: str = "key"
 
     def decide(self, seen: Seen) -> Routes:
-        score, edit = self.keys.nearest(_at_last(seen))
+        score, edit = self.keys.nearest(last_entries(seen))
         memory, epsilon = self._claims(edit)
         return Routes.of(torch.where(score > epsilon, memory, MAIN), score, epsilon, edit)
 
@@ -183,7 +220,7 @@ class KeyRouter:
         return torch.stack([self.keys.nearest(row)[0] for row in seen.entry])  # a row at a time: T x n scores are many
 
     def ranking(self, seen: Seen, top: int) -> Ranking:
-        scores = self.keys.scores(_at_last(seen))
+        scores = self.keys.scores(last_entries(seen))
         owner = self.keys.owner.to(scores.device)
         best = scores.new_full((len(scores), len(self.memory_of)), -torch.inf)
         best.scatter_reduce_(1, owner.expand_as(scores), scores, "amax")
@@ -197,7 +234,7 @@ class KeyRouter:
         return memory, torch.where(memory == MAIN, torch.inf, self.epsilon.to(edit.device)[memory])
 
 
-def _at_last(seen: Seen) -> Tensor:
+def last_entries(seen: Seen) -> Tensor:
     """The entry [B, D] at each row's last content token."""
     return seen.entry[torch.arange(len(seen.entry), device=seen.entry.device), last_content(seen.content)]
 
@@ -222,5 +259,8 @@ def build_router(sm: SideMemory, deltas: Sequence[Tensor], name: str | None = No
         )
     epsilon = torch.tensor([m.epsilon[name] for m in sm.memories])
     if name == "activation":
-        return ActivationRouter(deltas, epsilon)
+        many = len(sm.memories) > FEW
+        return ActivationRouter(
+            deltas, epsilon, sketches=Sketches(m.delta.dense() for m in sm.memories) if many else None
+        )
     return KeyRouter(sm.keys, torch.tensor([e.memory for e in sm.edits]), epsilon)
