@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from wisecli.errors import InputError, OutputError, UsageError, WiseError
 from wisecli.memory import files
-from wisecli.memory.bits import SparseDelta, draw_mask, pack_bits, unpack_bits
+from wisecli.memory.bits import BLOCK, SparseDelta, draw, draw_mask, pack_bits, unpack_bits
 from wisecli.memory.files import (
     METADATA_KEY,
     append_line,
@@ -128,6 +128,13 @@ def test_mask_is_the_same_on_every_machine() -> None:
     assert pack_bits(draw_mask((4, 8), 0.5, 42)).tolist() == PINNED_MASK
 
 
+@pytest.mark.parametrize("n", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 77])
+def test_draws_do_not_depend_on_the_blocks_they_are_made_in(n: int) -> None:
+    ours, theirs = (torch.Generator().manual_seed(7) for _ in range(2))
+    assert torch.equal(draw(n, 0.2, ours), torch.rand(n, generator=theirs) < 0.2)
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
 def test_masks_of_different_seeds_differ_and_have_the_asked_density() -> None:
     masks = [draw_mask((300, 300), 0.2, s) for s in (0, 1)]
     for m in masks:
@@ -184,6 +191,25 @@ def test_delta_round_trip_is_exact_in_its_dtype_and_zero_outside_the_mask(
     assert (dense[~mask] == 0).all()
     assert torch.equal(packed.mask(), mask)
     assert packed.density == pytest.approx(mask.float().mean().item())
+
+
+@pytest.mark.parametrize("shape", [(1, BLOCK), (3, BLOCK // 2 + 1), (2, BLOCK + 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_delta_of_several_blocks_is_packed_as_in_one_piece(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    mask = draw_mask(shape, 0.3, 1)
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    packed = SparseDelta.pack(delta, mask, dtype)
+    assert torch.equal(packed.bits, pack_bits(mask))
+    assert torch.equal(packed.values, delta[mask])
+    assert torch.equal(packed.dense(dtype), delta * mask)
+    assert torch.equal(torch.cat(list(packed.blocks(dtype))), (delta * mask).flatten())
+    assert torch.equal(SparseDelta.pack(delta * mask, dtype=dtype).values, delta[mask & (delta != 0)])
+
+
+def test_a_transposed_delta_is_packed_in_its_own_row_order() -> None:
+    delta = torch.randn((5, 9), generator=torch.Generator().manual_seed(0))
+    mask = draw_mask((5, 9), 0.5, 0)
+    assert torch.equal(SparseDelta.pack(delta.T, mask.T).dense(), (delta * mask).T)
 
 
 def test_delta_without_a_mask_keeps_what_survives_rounding() -> None:

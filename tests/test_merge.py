@@ -13,10 +13,11 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from wisecli.errors import UsageError
-from wisecli.memory.bits import draw_mask
+from wisecli.memory.bits import BLOCK, SparseDelta, draw_mask
 from wisecli.memory.merge import METHODS, merge_deltas
 
 SHAPE = (13, 29)
+LARGE = (300, 451)  # three blocks, the last of them short
 quick = settings(deadline=None, max_examples=40)
 seeds = st.integers(0, 2**32)
 
@@ -35,6 +36,30 @@ def disjoint(n: int, seed: int = 0) -> list[Tensor]:
     return [torch.where(owner == i, normal(seed + i), 0.0) for i in range(n)]
 
 
+def in_one_piece(deltas: list[Tensor], method: str, density: float, weights: list[float], seed: int) -> Tensor:
+    """What `merge_deltas` computes, on whole tensors and by sorting."""
+    how, generator = METHODS[method], torch.Generator().manual_seed(seed)
+    top = max(weights)
+    parts = []
+    for delta, w in zip(deltas, weights, strict=True):
+        if how.drop and density < 1:
+            delta = torch.where(torch.rand(delta.shape, generator=generator) < density, delta / density, 0.0)
+        elif how.trim and density < 1:
+            keep = torch.zeros(delta.numel(), dtype=torch.bool)
+            keep[delta.abs().flatten().sort(descending=True, stable=True).indices[: int(density * delta.numel())]] = (
+                True
+            )
+            delta = torch.where(keep.view_as(delta), delta, 0.0)
+        parts.append(w / top * delta)
+    if not how.elect:
+        return torch.stack(parts).sum(0) * top
+    elected = torch.where(sum(parts) >= 0, 1.0, -1.0)
+    keeps = [torch.sign(p) == elected for p in parts]
+    total = sum(torch.where(k, p, 0.0) for k, p in zip(keeps, parts, strict=True))
+    divisor = sum(k * torch.tensor(w / top) for k, w in zip(keeps, weights, strict=True))
+    return total / divisor.masked_fill(divisor == 0, 1.0) if how.normalise else total * top
+
+
 def peft_ties(deltas: list[Tensor], density: float) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns that density 1 prunes nothing
@@ -46,6 +71,29 @@ def peft_ties(deltas: list[Tensor], density: float) -> Tensor:
 def test_ties_equals_peft(seed: int, n: int, density: float, mask_density: float) -> None:
     deltas = [masked(seed + i, mask_density) for i in range(n)]
     torch.testing.assert_close(merge_deltas(deltas, "ties", density=density), peft_ties(deltas, density))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@settings(deadline=None, max_examples=15)
+@given(
+    seed=seeds,
+    n=st.integers(1, 4),
+    density=st.sampled_from([1e-6, 0.1, 0.53, 0.999, 1.0]),
+    mask_density=st.sampled_from([0.2, 1.0]),
+    whole=st.booleans(),
+)
+def test_merging_block_by_block_gives_the_same_bits(
+    method: str, seed: int, n: int, density: float, mask_density: float, whole: bool
+) -> None:
+    """Whole numbers: many entries are equally large, so that the limit of what is trimmed falls among equals."""
+    assert LARGE[0] * LARGE[1] > 2 * BLOCK
+    deltas = [normal(seed + i, LARGE) * draw_mask(LARGE, mask_density, seed + i) for i in range(n)]
+    deltas = [(d * 3).round() if whole else d for d in deltas]
+    weights = [1.0 + i % 2 for i in range(n)]
+    want = in_one_piece(deltas, method, density, weights, seed)
+    packed = [SparseDelta.pack(d) for d in deltas]
+    for given_ in (deltas, packed, [d.T.contiguous().T for d in deltas]):
+        assert torch.equal(merge_deltas(given_, method, density=density, weights=weights, seed=seed), want)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
@@ -160,6 +208,21 @@ def test_trimming_keeps_the_largest_entries(density: float) -> None:
     kept = merge_deltas([delta], "ties", density=density)
     assert int((kept != 0).sum()) == int(density * delta.numel())
     assert kept[kept != 0].abs().min() >= delta[kept == 0].abs().max()
+
+
+def test_of_equally_large_entries_trimming_keeps_the_first() -> None:
+    delta = torch.full((2, BLOCK), -2.0)
+    delta[0, :3] = torch.tensor([1.0, 5.0, 2.0])
+    kept = merge_deltas([delta], "ties", density=(BLOCK + 10) / (2 * BLOCK)).flatten()
+    want = delta.flatten().clone()
+    want[0] = 0.0
+    want[BLOCK + 11 :] = 0.0
+    assert torch.equal(kept, want)
+
+
+def test_packed_deltas_of_half_precision_are_merged_as_their_dense_form() -> None:
+    packed = [SparseDelta.pack(normal(i, LARGE) * draw_mask(LARGE, 0.2, i), dtype=torch.bfloat16) for i in range(3)]
+    assert torch.equal(merge_deltas(packed, density=0.1), merge_deltas([p.dense() for p in packed], density=0.1))
 
 
 def test_dropping_is_seeded_and_keeps_the_mean() -> None:
