@@ -267,9 +267,7 @@ def _known(method: str) -> str:
     return method
 
 
-def _capture(
-    upper: UpperModel, config: EditConfig, entries: Sequence[EditEntry], contexts: int
-) -> list[CapturedEdit]:
+def _capture(upper: UpperModel, config: EditConfig, entries: Sequence[EditEntry], contexts: int) -> list[CapturedEdit]:
     """All edits in force, with so many of the rows behind a context as while editing."""
     live = [e for e in entries if e.details["outcome"] not in (SUPERSEDED, WITHDRAWN)]
     records = [EditRecord(e.id, str(e.prompt), str(e.target)) for e in live]
