@@ -29,6 +29,17 @@ Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option("--device-map", metavar="auto", help="Spread the base over all devices, in place of --device."),
+]
+OffloadLower = Annotated[
+    bool,
+    typer.Option(
+        "--offload-lower",
+        help="Keep the layers below the edited one off the device: in memory, or on disk where all runs on the CPU.",
+    ),
+]
 RouterName = Annotated[str | None, typer.Option("--router", help="key or activation; default: the side memory's own.")]
 Scope = Annotated[
     str | None,
@@ -63,18 +74,25 @@ SideMemoryFile = Annotated[
 
 
 def base_of(
-    recorded: Mapping[str, Any], model: str | None, revision: str | None, dtype: str, device: str, trust: bool
+    recorded: Mapping[str, Any],
+    model: str | None,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    trust: bool,
+    **placing: Any,
 ) -> Base:
     """Load the base that a run or a side memory recorded, at its revision, or the one given instead.
 
     Args:
         recorded: its `name` and `revision`; empty where nothing was recorded, which is the default base.
+        placing: `device_map` and `offload_below` of `load_base`.
     """
     from wisecli.models.base import load_base
 
     name = model if model is not None else recorded.get("name")
     pinned = revision if model is not None or revision else recorded.get("revision")
-    return load_base(name, revision=pinned, dtype=dtype, device=device, trust_remote_code=trust)
+    return load_base(name, revision=pinned, dtype=dtype, device=device, trust_remote_code=trust, **placing)
 
 
 def read_side_memory(sink: Output, given: Path) -> tuple[Path, SideMemory]:

@@ -69,6 +69,8 @@ def edit(
     revision: opt.Revision = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
+    offload_lower: opt.OffloadLower = False,
     trust_remote_code: opt.TrustRemoteCode = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -119,6 +121,7 @@ def edit(
         from wisecli.models.base import load_base
 
         loading |= {"name": loading.pop("model"), "device": device, "trust_remote_code": trust_remote_code}
+        loading |= {"device_map": device_map, "offload_below": _lowest(settings) if offload_lower else None}
         base = load_base(**loading)
         config_of_run = opt.edit_config(stream, base, **settings)
         run = EditRun(base, stream, config_of_run, out, extra_pool=more, texts=texts, append=older is not None)
@@ -181,6 +184,13 @@ def _as_before(
     size = first["edits"] / first["shards"]
     known = run["config"] | {"shards": max(1, round(edits / size))}
     return loading, {k: settings[k] if k in settings and _given(ctx, k) else v for k, v in known.items()}, run["texts"]
+
+
+def _lowest(settings: dict[str, Any]) -> int | str:
+    """The layer that is edited: the first that has to stay on the device."""
+    inside = re.search(r"\.(\d+)\.", settings.get("module") or "")
+    layer = settings.get("layer")
+    return int(inside[1]) if inside else "auto" if layer is None else layer
 
 
 def _given(ctx: typer.Context, name: str) -> bool:

@@ -47,6 +47,8 @@ def merge(
     revision: opt.Revision = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
+    offload_lower: opt.OffloadLower = False,
     trust_remote_code: opt.TrustRemoteCode = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -72,7 +74,8 @@ def merge(
 
         base = None
         if calibrate:
-            base = opt.base_of(run.run["base"], model, revision, dtype, device, trust_remote_code)
+            placing = {"device_map": device_map, "offload_below": run.site.layer if offload_lower else None}
+            base = opt.base_of(run.run["base"], model, revision, dtype, device, trust_remote_code, **placing)
         how = {"method": method, "density": density, "weights": factors, "rehearse": rehearse, "scope": scope}
         side_memory = merge_run(run, base=base, memories=None if retrieve else memories, **how)
         side_memory.save(out)

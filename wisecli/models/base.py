@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -93,6 +94,8 @@ def load_base(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    device_map: str | None = None,
+    offload_below: int | str | None = None,
 ) -> Base:
     """Load a base in evaluation mode with its parameters frozen.
 
@@ -103,6 +106,9 @@ def load_base(
             precision is slow.
         device: torch device name or auto.
         trust_remote_code: run code that comes with the checkpoint.
+        device_map: "auto" spreads the base over all devices, in place of `device`; needs accelerate.
+        offload_below: a decoder layer, or "auto" for the one that is edited by default: those below it stay off the
+            device; needs accelerate. See `models.placement`.
 
     Raises:
         ModelError: nothing there, not a causal language model, weights missing or broken, or no safetensors.
@@ -117,11 +123,13 @@ def load_base(
     where = pick_device(device)
     wanted: Any = _DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    placed = device_map is not None or offload_below is not None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        with _no_loading_bar():
+        spread = _spread(source, common, where, device_map, offload_below)
+        with _quiet_loading():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=wanted, use_safetensors=True, output_loading_info=True, **common
+                source, dtype=wanted, use_safetensors=True, output_loading_info=True, **spread, **common
             )
     except (OSError, ValueError, RuntimeError, KeyError) as e:
         raise ModelError(
@@ -139,9 +147,33 @@ def load_base(
             f"The base {source!r} lacks weights, {len(report['missing_keys'])} in all: {min(report['missing_keys'])}.",
             hint="Fetch it again, or give a checkpoint of a causal language model.",
         )
-    model = model.to(where).eval().requires_grad_(False)
+    model = (model if placed else model.to(where)).eval().requires_grad_(False)
     commit = None if demo or Path(source).exists() else getattr(model.config, "_commit_hash", None)
     return Base(model, tokenizer, DEMO_BASE if demo else _name_of(source), commit)
+
+
+def _spread(
+    source: str, common: Mapping[str, Any], where: torch.device, device_map: str | None, below: int | str | None
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say where the parts of the base go; none for one place."""
+    if device_map is None and below is None:
+        return {}
+    from transformers import AutoConfig
+
+    from wisecli.models.placement import below_off_device, check_accelerate
+
+    if device_map is not None:
+        check_accelerate("--device-map")
+        if device_map != "auto" or below is not None:
+            raise UsageError(
+                "--device-map is auto, and goes without --offload-lower."
+                if below is not None
+                else f"--device-map must be auto, not {device_map!r}.",
+                hint="--device names a single device.",
+            )
+        return {"device_map": "auto"}
+    config = AutoConfig.from_pretrained(source, **common)
+    return {"device_map": below_off_device(config, below or 0, where, bool(common["trust_remote_code"]))}
 
 
 def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,17 +187,20 @@ def _name_of(source: str) -> str:
 
 
 @contextlib.contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Keeps transformers from drawing on stderr, and puts its setting back."""
-    from transformers.utils import logging
+def _quiet_loading() -> Iterator[None]:
+    """Keeps transformers from drawing on stderr and accelerate from what was asked for; puts their settings back."""
+    from transformers.utils import logging as transformers_logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown, accelerate = transformers_logging.is_progress_bar_enabled(), logging.getLogger("accelerate.big_modeling")
+    level = accelerate.level
+    transformers_logging.disable_progress_bar()
+    accelerate.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        accelerate.setLevel(level)
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def _check_local(source: str) -> None:

@@ -91,7 +91,7 @@ def find_site(model: PreTrainedModel, layer: int | str = "auto", module: str | N
         if index is None:
             raise ModelError(f"There is no module {module!r} inside a decoder layer.", hint="See print(model).")
     else:
-        index = _layer_index(layer, len(layers))
+        index = layer_index(layer, len(layers))
     prefix = names[id(layers[index])] + "."
     calls = _watch(model, layers[index], prefix)
     if module is None:
@@ -101,7 +101,15 @@ def find_site(model: PreTrainedModel, layer: int | str = "auto", module: str | N
     return _check(model, module, index, *calls[module])
 
 
-def _layer_index(layer: int | str, n: int) -> int:
+def layer_index(layer: int | str, n: int) -> int:
+    """The index of a decoder layer among n.
+
+    Args:
+        layer: index (negative counts from the end) or "auto".
+
+    Raises:
+        UsageError: there is none.
+    """
     if layer == "auto":
         return auto_layer(n)
     try:
