@@ -500,7 +500,7 @@ def live(request: pytest.FixtureRequest) -> Live:
     records = read_edits(EDITS).records[:n]
     stream = EditStream.of(records)
     # Dropout and rewording carry an edit over to other wordings, which are not asked here.
-    config = EditConfig(chat=True, shards=1, contexts=1, dropout=0.0, rewording=0.0)
+    config = EditConfig(chat=True, shards=1, contexts=1, dropout=0.0, rewording=0.0, confidence=0.7)
     editor = Editor(base, config, pool=Pool.of(facts=pool_facts()[::16]))
     shards = editor.learn(stream)
     side_memory = merge_shards(shards, editor.gate, editor.describe(stream), upper=editor.upper)
