@@ -120,13 +120,15 @@ def build_model(kind: str, vocab: int, seed: int = 0) -> Any:
 
 def few_pool_prompts(patched: pytest.MonkeyPatch, prompts: int = 48, facts: int = 8) -> None:
     """A small pool is enough for a tiny model, and many times as quick."""
+    # Imported before anything is patched: a module that is first imported later would keep the patched function.
     from wisecli.data import pool
+    from wisecli.editing import merge, margins, rewording
 
     ordinary, known = pool.ordinary_prompts()[:prompts], pool.pool_facts()[:facts]
-    for module in ("data.pool", "editing.rewording"):
-        patched.setattr(f"wisecli.{module}.pool_facts", lambda: known)
-    for module in ("data.pool", "editing.merge", "editing.margins"):
-        patched.setattr(f"wisecli.{module}.ordinary_prompts", lambda: ordinary)
+    for module in (pool, rewording):
+        patched.setattr(module, "pool_facts", lambda: known)
+    for module in (pool, merge, margins):
+        patched.setattr(module, "ordinary_prompts", lambda: ordinary)
 
 
 @pytest.fixture(scope="session")

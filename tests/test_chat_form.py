@@ -468,12 +468,12 @@ LIVE = {
     "dialogue": (
         "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}{{ m.content }}{% else %} {{ m.content }}"
         "{{ eos_token }}{% endif %}{% endfor %}",
-        12,
+        8,
     ),
     "roles": (
         "{% for m in messages %}{{ bos_token }}{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
         "{% if add_generation_prompt %}{{ bos_token }}assistant\n{% endif %}",
-        5,
+        4,
     ),
 }
 
@@ -499,7 +499,9 @@ def live(request: pytest.FixtureRequest) -> Live:
     base.tokenizer.chat_template = template
     records = read_edits(EDITS).records[:n]
     stream = EditStream.of(records)
-    editor = Editor(base, EditConfig(chat=True, shards=1), pool=Pool.of(facts=pool_facts()[::8]))
+    # Dropout and rewording carry an edit over to other wordings, which are not asked here.
+    config = EditConfig(chat=True, shards=1, contexts=1, dropout=0.0, rewording=0.0, confidence=0.7)
+    editor = Editor(base, config, pool=Pool.of(facts=pool_facts()[::16]))
     shards = editor.learn(stream)
     side_memory = merge_shards(shards, editor.gate, editor.describe(stream), upper=editor.upper)
     return Live(base, records, side_memory, editor.encoder)
@@ -520,7 +522,7 @@ def test_edits_are_answered_in_their_template_and_stop(live: Live, attached: Att
     after = live.ask(prompts, attached)
     assert all(a.route is not None and a.route.routed for a in after)
     right = [exact_match(a.text, r.target) for a, r in zip(after, live.records, strict=True)]
-    assert sum(right) >= len(right) - 1
+    assert all(right)
     with attached.override(None):
         before = live.ask(prompts)
     assert not any(exact_match(a.text, r.target) for a, r in zip(before, live.records, strict=True))
@@ -530,7 +532,7 @@ def test_edits_are_answered_in_their_template_and_stop(live: Live, attached: Att
         ids = torch.tensor([row.prompt])
         out = live.base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
         ended += tuple(out[0].tolist()) == row.ids
-    assert ended >= len(right) - 1
+    assert ended == len(right)
 
 
 def test_other_prompts_are_answered_as_by_the_base_in_the_template(live: Live, attached: Attached) -> None:
@@ -571,4 +573,4 @@ def test_a_conversation_is_routed_on_its_last_turn(live: Live, attached: Attache
         session.reset()
         taken += [routed(record.prompt), routed(other)]
         assert taken == [False, True, False, True, False], record.prompt
-    assert len(wrong) <= len(live.records) // 2  # other words before it were not learned
+    assert len(wrong) < len(live.records) / 2  # other words before it were not learned

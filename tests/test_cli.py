@@ -20,6 +20,7 @@ import pytest
 from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, few_pool_prompts
 
 import wisecli.cli.app as application
+from wisecli.cli import _options as options
 from wisecli.cli._errors import guarded
 from wisecli.cli._options import base_of
 from wisecli.cli._output import Output, short
@@ -41,11 +42,19 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
 
 @pytest.fixture(scope="session")
 def worked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which twelve demonstration edits were learned and merged through the command line."""
+    """A folder in which twelve demonstration edits were learned and merged through the command line, as a user would:
+    each command in a process of its own."""
     folder = tmp_path_factory.mktemp("job")
-    assert main(["edit", str(EDITS), "--limit", "12", "--out", str(folder / "shards"), "-q"]) == 0
-    assert main(["merge", str(folder / "shards"), "-o", str(folder / "sm.safetensors"), "-q"]) == 0
+    for command in worked_in(folder):
+        subprocess.run([sys.executable, "-m", "wisecli", *command], check=True, env=dict(os.environ))
     return folder
+
+
+def worked_in(folder: Path) -> tuple[list[str], list[str]]:
+    return (
+        ["edit", str(EDITS), "--limit", "12", "--out", str(folder / "shards"), "-q"],
+        ["merge", str(folder / "shards"), "-o", str(folder / "sm.safetensors"), "-q"],
+    )
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
@@ -248,11 +257,13 @@ def test_an_interrupt_that_reaches_the_guard(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "error: Stopped.\n"
 
 
-def test_a_single_edit_with_an_odd_id_and_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_edit_with_an_odd_id_and_path(
+    few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One shard without being asked, ids and paths with brackets as they are, and a warning when nothing took."""
     path, out = tmp_path / "e[b].jsonl", tmp_path / "shards[a]"
     path.write_text(json.dumps({"id": "x[/b]y", "prompt": "The capital of France is", "target": "Lyon"}) + "\n")
-    argv = ("edit", path, "--out", out, "--max-steps", "1", "--lr", "1e-9")
+    argv = ("edit", path, "-m", tiny_model_dir, "--out", out, "--max-steps", "1", "--lr", "1e-9")
     code, stdout, err = run(capsys, *argv, "-v")
     assert code == 0, err
     assert "x[/b]y" in stdout
@@ -267,7 +278,12 @@ def test_a_single_edit_with_an_odd_id_and_path(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(("flags", "chat"), [((), True), (("--no-chat",), False), (("--chat",), True)])
 def test_edit_uses_the_template_of_the_base_by_default(
-    flags: tuple[str, ...], chat: bool, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...],
+    chat: bool,
+    few: Path,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     base, path = tmp_path / "base", tmp_path / "edits.jsonl"
     shutil.copytree(tiny_model_dir, base)
@@ -345,25 +361,13 @@ def test_without_a_side_memory_after_equals_before(capsys: pytest.CaptureFixture
 
 
 def test_the_same_command_gives_the_same_bytes(worked: Path, tmp_path: Path) -> None:
-    for command in (
-        ["edit", str(EDITS), "--limit", "12", "--out", str(tmp_path / "shards"), "-q"],
-        ["merge", str(tmp_path / "shards"), "-o", str(tmp_path / "sm.safetensors"), "-q"],
+    """Here, and in the processes in which the folder was made."""
+    assert [main(command) for command in worked_in(tmp_path)] == [0, 0]
+    for name in (
+        *("shards/shard-00000.safetensors", "shards/shard-00001.safetensors", "shards/ledger.jsonl"),
+        *("shards/gate.safetensors", "sm.safetensors"),
     ):
-        subprocess.run([sys.executable, "-m", "wisecli", *command], check=True, env=dict(os.environ))
-    for name in ("shards/shard-00000.safetensors", "shards/shard-00001.safetensors", "shards/ledger.jsonl"):
         assert (tmp_path / name).read_bytes() == (worked / name).read_bytes()
-    assert (tmp_path / "sm.safetensors").read_bytes() == (worked / "sm.safetensors").read_bytes()
-
-
-def test_a_run_that_lost_a_shard_continues_to_the_same_bytes(worked: Path, tmp_path: Path) -> None:
-    whole = worked / "shards"
-    part = tmp_path / "shards"
-    part.mkdir()
-    for name in ("run.json", "gate.safetensors", "shard-00000.safetensors"):
-        (part / name).write_bytes((whole / name).read_bytes())
-    assert main(["edit", str(EDITS), "--limit", "12", "--out", str(part), "-q"]) == 0
-    for name in ("shard-00001.safetensors", "ledger.jsonl"):
-        assert (part / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_another_run_in_the_same_folder_is_refused_with_the_difference(
@@ -399,13 +403,6 @@ def test_a_side_memory_of_another_base(worked: Path, tiny_model_dir: Path, capsy
     assert "Traceback" not in err
 
 
-def test_quiet_prints_only_the_path(worked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "again.safetensors"
-    code, stdout, _ = run(capsys, "merge", worked / "shards", "-o", out, "-q")
-    assert code == 0
-    assert stdout.strip() == str(out)
-
-
 # -- wise eval, on a tiny base -----------------------------------------------------------------------------------------
 
 TINY = [
@@ -422,11 +419,18 @@ TINY = [
 QUICK = ("--no-ability", "--device", "cpu")
 
 
+def learn_quickly(patched: pytest.MonkeyPatch) -> None:
+    """A few prompts are the pool, and learning takes few steps whatever is asked: enough for some edits to take."""
+    few_pool_prompts(patched)
+    made = options.edit_config
+    patched.setattr(options, "edit_config", lambda *args, **given: made(*args, **given | {"max_steps": 20}))
+
+
 @pytest.fixture
 def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A dataset of four edits; the cache is in a folder of the test, and a few prompts are the pool."""
+    """A dataset of four edits; the cache is in a folder of the test, and little is learned."""
     monkeypatch.setenv("WISE_CACHE", str(tmp_path / "cache"))
-    few_pool_prompts(monkeypatch)
+    learn_quickly(monkeypatch)
     path = tmp_path / "few.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in TINY))
     return path
@@ -488,10 +492,38 @@ def learned(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     path.write_text("".join(json.dumps(r) + "\n" for r in TINY))
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("WISE_CACHE", str(folder / "cache"))
-        few_pool_prompts(patched)
+        learn_quickly(patched)
         argv = ["eval", "-d", path, "-m", tiny_model_dir, *QUICK, "--learn", "-o", folder / "out", "-q"]
         assert main([str(a) for a in argv]) == 0
+    took = {e["outcome"] == "took" for e in ledger_of(folder / "out" / "shards")}
+    assert took == {True, False}
     return folder
+
+
+def ledger_of(shards: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (shards / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_lost_a_shard_continues_to_the_same_bytes(
+    learned: Path, few: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    whole = learned / "out" / "shards"
+    part = tmp_path / "shards"
+    part.mkdir()
+    for name in ("run.json", "gate.safetensors", "shard-00000.safetensors"):
+        (part / name).write_bytes((whole / name).read_bytes())
+    assert main(["edit", str(few), "-m", str(tiny_model_dir), "--device", "cpu", "--out", str(part), "-q"]) == 0
+    for name in ("shard-00001.safetensors", "ledger.jsonl"):
+        assert (part / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_quiet_prints_only_the_path(
+    learned: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "again.safetensors"
+    code, stdout, _ = run(capsys, "merge", learned / "out" / "shards", "-o", out, "-q")
+    assert code == 0
+    assert stdout.strip() == str(out)
 
 
 def test_eval_learns_what_edit_and_merge_would(
@@ -633,10 +665,10 @@ def test_eval_with_rollbacks_needs_no_folder(
     few: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ("eval", "-d", few, "-m", tiny_model_dir, *QUICK)
-    code, out, err = run(capsys, *argv, "--t", "1,3", "-o", tmp_path / "t.json", "--json")
+    code, out, err = run(capsys, *argv, "--limit", "3", "--t", "1,2", "-o", tmp_path / "t.json", "--json")
     assert code == 0, err
     found = json.loads(out)["rollbacks"]
-    assert [(r["t"], r["groups"], r["left_out"], r["identical"]) for r in found] == [(1, 4, 0, True), (3, 1, 1, True)]
+    assert [(r["t"], r["groups"], r["left_out"], r["identical"]) for r in found] == [(1, 3, 0, True), (2, 1, 1, True)]
     assert json.loads(out)["routing"]["router"] == json.loads(out)["protocol"]["router"] == "key"
     assert json.loads((tmp_path / "t.json").read_text())["protocol"] == json.loads(out)["protocol"]
     assert len(list((tmp_path / "cache" / "answers").iterdir())) == 1

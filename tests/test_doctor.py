@@ -4,8 +4,11 @@ traceback, and a config that gives the run it describes."""
 from __future__ import annotations
 
 import copy
+import io
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,18 +42,28 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
     return code, captured.out, captured.err
 
 
-@pytest.fixture
-def small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+def _shrink(patched: pytest.MonkeyPatch) -> None:
     """A pool of a few hundred prompts, the best layer alone and few steps, so that it takes no minutes."""
     kinds = sorted({f.relation for f in pool_facts()})[:12]
     facts = tuple(f for k in kinds for f in [f for f in pool_facts() if f.relation == k][:9])
     ordinary = ordinary_prompts()[:40]
-    monkeypatch.setattr("wisecli.doctor.examination._LEARNED", 1)
-    monkeypatch.setattr("wisecli.doctor.examination.EditConfig", partial(EditConfig, max_steps=25))
-    monkeypatch.setattr("wisecli.doctor.probes.pool_facts", lambda: facts)
-    monkeypatch.setattr("wisecli.data.pool.pool_facts", lambda: facts)
-    monkeypatch.setattr("wisecli.data.pool.ordinary_prompts", lambda: ordinary)
-    monkeypatch.setattr("wisecli.editing.merge.ordinary_prompts", lambda: ordinary)
+    patched.setattr("wisecli.doctor.examination._LEARNED", 1)
+    patched.setattr("wisecli.doctor.examination.EditConfig", partial(EditConfig, max_steps=25))
+    for module in ("doctor.probes", "data.pool", "editing.rewording"):
+        patched.setattr(f"wisecli.{module}.pool_facts", lambda: facts)
+    for module in ("data.pool", "editing.merge"):
+        patched.setattr(f"wisecli.{module}.ordinary_prompts", lambda: ordinary)
+
+
+@pytest.fixture
+def small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    _shrink(monkeypatch)
+
+
+@pytest.fixture
+def few_steps(small_pool: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that do not look at what was learned."""
+    monkeypatch.setattr("wisecli.doctor.examination.EditConfig", partial(EditConfig, max_steps=2))
 
 
 @pytest.fixture(scope="session")
@@ -236,7 +249,7 @@ def test_any_architecture_gets_a_verdict(
 
 
 def test_a_base_with_a_chat_template_is_asked_in_it(
-    small_pool: None, tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    few_steps: None, tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wisecli.doctor.report.LEAST", 0.0)  # whatever a random model makes of its edits
     chatty = copy.deepcopy(tokenizer)
@@ -290,7 +303,7 @@ def _out_of_memory(*args: Any) -> Any:
     yield
 
 
-def test_the_base_is_left_as_it_was(small_pool: None, tiny_model: Any, tokenizer: Any) -> None:
+def test_the_base_is_left_as_it_was(few_steps: None, tiny_model: Any, tokenizer: Any) -> None:
     model = tiny_model("llama", fresh=True)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     drain(examine(Base(model, tokenizer, "tiny"), DoctorOptions(layers=(2,), edits=4)))
@@ -330,20 +343,29 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
 # -- the config --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def described(small_pool: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config that the doctor wrote for the demonstration base."""
-    path = tmp_path / "wise-edit.json"
-    code, out, _ = run(capsys, "doctor", "--layers", "4", "--edits", 4, "--seed", 7, "-o", path, "-q")
-    assert (code, out) == (0, f"{path}\n")
+    path = tmp_path_factory.mktemp("doctor") / "wise-edit.json"
+    argv = ["doctor", "--layers", "4", "--edits", "4", "--seed", "7", "-o", str(path), "-q"]
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(io.StringIO()) as out:
+        _shrink(patched)
+        assert main(argv) == 0
+    assert out.getvalue() == f"{path}\n"
     return path
+
+
+@pytest.fixture
+def described(small_pool: None, written: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copy(written, tmp_path))
 
 
 def test_a_config_gives_the_run_it_describes(described: Path, tmp_path: Path, capsys: Any) -> None:
     content = json.loads(described.read_text())
     assert (content["layer"], content["seed"], content["model"]) == (4, 7, "wise-demo")
     code, _, err = run(
-        capsys, "edit", EDITS, "--limit", 4, "--config", described, "--out", tmp_path / "a", "--json"
+        capsys, "edit", EDITS, "--limit", 2, "--config", described, "--out", tmp_path / "a", "--json"
     )  # fmt: skip
     assert code == 0, err
     made = json.loads((tmp_path / "a" / "run.json").read_text())
@@ -352,7 +374,7 @@ def test_a_config_gives_the_run_it_describes(described: Path, tmp_path: Path, ca
 
     options = ("--layer", 5, "--seed", 0, "--shards", 1, "--max-steps", 3)
     code, _, err = run(
-        capsys, "edit", EDITS, "--limit", 4, "--config", described, *options, "--out", tmp_path / "b", "--json"
+        capsys, "edit", EDITS, "--limit", 2, "--config", described, *options, "--out", tmp_path / "b", "--json"
     )  # fmt: skip
     assert code == 0, err
     other = json.loads((tmp_path / "b" / "run.json").read_text())
@@ -360,7 +382,7 @@ def test_a_config_gives_the_run_it_describes(described: Path, tmp_path: Path, ca
 
 
 def test_what_belongs_to_a_models_layer_goes_with_it(
-    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+    small_pool: None, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file's revision and module say nothing about another model and another layer."""
     path = tmp_path / "c.json"

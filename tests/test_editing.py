@@ -76,9 +76,9 @@ def test_nothing_moves_outside_the_mask(upper: UpperModel, learner_type: type) -
 
 
 def test_rehearsal_holds_every_edit_of_a_shard(upper: UpperModel) -> None:
-    config = EditConfig(contexts=2, block=2, max_steps=150, lr=0.2, mask_density=1.0)
+    config = EditConfig(contexts=1, block=2, max_steps=150, lr=0.2, mask_density=1.0)
     learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
-    outcomes = finish(learner.learn(capture_edits(upper, records(), 2, 0)))
+    outcomes = finish(learner.learn(capture_edits(upper, records(), 1, 0)))
     assert all(o.took for o in outcomes)
     assert all(o.steps > 0 for o in outcomes)
 

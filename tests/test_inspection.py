@@ -71,7 +71,9 @@ def folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     stream = EditStream.of(
         [EditRecord(prompt=p, target=t, id=f"edit-{i}", subject=p.split()[0]) for i, (p, t) in enumerate(EDITS)]
     )
-    config = EditConfig(shards=2, contexts=2, mask_density=0.8, max_steps=300, rank=32)
+    config = EditConfig(
+        shards=2, contexts=2, mask_density=0.8, max_steps=300, rank=32, dropout=0.0, rewording=0.0, confidence=0.7
+    )
     out = tmp_path_factory.mktemp("inspected") / "shards"
     with pytest.MonkeyPatch.context() as patched:
         few_pool_prompts(patched)

@@ -56,7 +56,9 @@ def stream() -> EditStream:
 @pytest.fixture(scope="module")
 def side_memory(base: Base, stream: EditStream, tmp_path_factory: pytest.TempPathFactory) -> SideMemory:
     """Four edits really learned by a tiny random model; the first is superseded by the third."""
-    config = EditConfig(shards=1, contexts=0, mask_density=1.0, max_steps=300, rank=32)
+    config = EditConfig(
+        shards=1, contexts=0, mask_density=1.0, max_steps=300, rank=32, dropout=0.0, rewording=0.0, confidence=0.7
+    )
     run = EditRun(base, stream, config, tmp_path_factory.mktemp("run"))
     for _ in run:
         pass
