@@ -122,7 +122,7 @@ def few_pool_prompts(patched: pytest.MonkeyPatch, prompts: int = 48, facts: int 
     """A small pool is enough for a tiny model, and many times as quick."""
     # Imported before anything is patched: a module that is first imported later would keep the patched function.
     from wisecli.data import pool
-    from wisecli.editing import merge, margins, rewording
+    from wisecli.editing import margins, merge, rewording
 
     ordinary, known = pool.ordinary_prompts()[:prompts], pool.pool_facts()[:facts]
     for module in (pool, rewording):

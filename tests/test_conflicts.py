@@ -25,7 +25,8 @@ from wisecli.editing.merge import merge_run
 from wisecli.editing.run import EditRun
 from wisecli.evaluation.evaluate import as_learned
 from wisecli.memory.calibration import Trial
-from wisecli.memory.keys import SHARE, KeySpace
+from wisecli.memory.keys import KeySpace
+from wisecli.memory.lookup import SHARE
 from wisecli.memory.shard import Gate
 from wisecli.models.base import Base
 

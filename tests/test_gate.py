@@ -20,7 +20,8 @@ from wisecli.editing.editor import Editor
 from wisecli.errors import UsageError
 from wisecli.memory import calibration
 from wisecli.memory.calibration import SCOPES, Trial, key_calibration, key_threshold, try_facts, try_on_pool
-from wisecli.memory.keys import SHARE, KeySpace, alike
+from wisecli.memory.keys import KeySpace
+from wisecli.memory.lookup import SHARE, alike
 from wisecli.memory.shard import Gate
 from wisecli.models.base import Base
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wisecli.data.records import EditRecord
 from wisecli.data.stream import squeeze
-from wisecli.memory.keys import score
+from wisecli.memory.lookup import score
 
 _ROWS = 1024  # compared at a time
 

@@ -28,7 +28,8 @@ from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
 from wisecli.editing.rewording import Rewording
 from wisecli.memory.bits import SparseDelta, draw_mask
-from wisecli.memory.keys import alike, crowding
+from wisecli.memory.keys import crowding
+from wisecli.memory.lookup import alike
 from wisecli.memory.shard import FAILED, FORMAT_VERSION, RUN_FORMAT, SUPERSEDED, TOOK, Gate, Shard
 from wisecli.models.base import Base, context_of, fingerprint
 from wisecli.models.prompts import PromptEncoder

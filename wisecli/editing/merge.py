@@ -33,10 +33,20 @@ from wisecli.memory.calibration import (
     key_calibration,
 )
 from wisecli.memory.indicator import activation_indicator
-from wisecli.memory.keys import KeyStore, crowding
+from wisecli.memory.keys import KeyStore
 from wisecli.memory.lookup import score
 from wisecli.memory.merge import METHODS, merge_deltas
-from wisecli.memory.shard import FAILED, SUPERSEDED, TOOK, WITHDRAWN, Gate, RunFolder, Shard
+from wisecli.memory.shard import (
+    FAILED,
+    SUPERSEDED,
+    TOOK,
+    WITHDRAWN,
+    Gate,
+    RunFolder,
+    Shard,
+    about_edits_of,
+    keys_in_force,
+)
 from wisecli.memory.side_memory import MAIN_MEMORY, EditEntry, Memory, SideMemory
 from wisecli.models.base import Base, matches
 from wisecli.models.prompts import ContentRule, PromptEncoder
@@ -113,7 +123,7 @@ def merge_shards(
     job = _Job(upper, run, config, how)
     merged = [_merge_group(job, i, group) for i, group in enumerate(_groups(shards, how))]
     entries = tuple(e for m in merged for e in m.entries)
-    keys = _keys(gate, shards, entries)
+    keys = keys_in_force(gate, shards, [e.details["outcome"] for e in entries])
     if not len(keys.owner):
         raise InputError("there is no learned edit.", hint="Run wise edit again with other edits.")
     calibrated = _calibrate_keys(gate, shards, keys, how.scope)
@@ -308,40 +318,10 @@ def _asked_again(
     )
 
 
-def _keys(gate: Gate, shards: Sequence[Shard], entries: Sequence[EditEntry]) -> KeyStore:
-    """The keys of all edits in force, and how crowded each edit is: by its bare prompt, among prompts about no edit.
-
-    A withdrawn edit keeps its keys: what comes nearest to it is main memory's. A superseded one has none.
-    """
-    owners, seen = [], 0
-    for shard in shards:
-        owners.append(shard.owner + seen)
-        seen += len(shard.edits)
-    vectors, owner = torch.cat([s.keys for s in shards]), torch.cat(owners)
-    kept = torch.tensor([e.details["outcome"] != SUPERSEDED for e in entries], dtype=torch.bool)[owner]
-    vectors, owner = vectors[kept], owner[kept]
-    crowded = torch.zeros(seen)
-    first = _first_of_each(owner)
-    crowded[owner[first]] = crowding(vectors[first].float(), gate.ordinary(_about(shards)))
-    return KeyStore(gate.space, vectors, owner, crowded.half())
-
-
-def _about(shards: Sequence[Shard]) -> set[int]:
-    """Positions of the pool's prompts that are about an edit."""
-    return {i for s in shards for i in s.details.get("pool_about_edits", ())}
-
-
-def _first_of_each(owner: Tensor) -> Tensor:
-    """Positions where a new owner begins."""
-    if not len(owner):
-        return torch.zeros(0, dtype=torch.long)
-    return torch.cat([torch.zeros(1, dtype=torch.long), (owner[1:] != owner[:-1]).nonzero()[:, 0] + 1])
-
-
 def _calibrate_keys(gate: Gate, shards: Sequence[Shard], keys: KeyStore, scope: str) -> Calibration:
     hard = torch.cat([s.negatives for s in shards]).float()
     crowded = keys.crowding.float()[keys.owner]
-    alone = gate.ordinary(_about(shards), alone=True)  # what facts of a kind may do is the trial's to say
+    alone = gate.ordinary(about_edits_of(shards), alone=True)  # what facts of a kind may do is the trial's to say
     ordinary, negatives = (_best(v, keys.keys.float(), crowded) for v in (alone, hard))
     edits = len(keys.owner.unique())
     return key_calibration(gate.trial, edits, ordinary, negatives, _own_scores(keys), scope)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from wisecli.inspection.ledger import LedgerLine, find, ledger_of
 from wisecli.inspection.source import MergedSource, RunSource, Source
-from wisecli.memory.keys import KeyStore, crowding
+from wisecli.memory.keys import KeyStore
 from wisecli.memory.lookup import score
-from wisecli.memory.shard import SUPERSEDED, WITHDRAWN, Shard
+from wisecli.memory.shard import SUPERSEDED, WITHDRAWN, Shard, keys_in_force
 
 _NEAREST = 5
 
@@ -125,17 +125,8 @@ def _keys_of(source: Source) -> tuple[list[str], KeyStore | None]:
     entries = [run.outcome_of(e) for s in shards for e in s.edits]
     if not entries or not run.gate_path.exists():
         return [], None
-    offsets = torch.tensor([0, *(len(s.edits) for s in shards)]).cumsum(0)
-    owner = torch.cat([s.owner + offset for s, offset in zip(shards, offsets[:-1], strict=True)])
-    vectors = torch.cat([s.keys for s in shards])
-    kept = torch.tensor([e["outcome"] != SUPERSEDED for e in entries], dtype=torch.bool)[owner]
-    vectors, owner = vectors[kept], owner[kept]
-    gate = run.gate()
-    about = {i for s in shards for i in s.details.get("pool_about_edits", ())}
-    bare = [int((owner == e).nonzero()[0, 0]) for e in owner.unique().tolist()]
-    crowded = torch.zeros(len(entries))
-    crowded[owner[bare]] = crowding(vectors[bare].float(), gate.ordinary(about))
-    return [e["id"] for e in entries], KeyStore(gate.space, vectors, owner, crowded.half())
+    keys = keys_in_force(run.gate(), shards, [e["outcome"] for e in entries])
+    return [e["id"] for e in entries], keys
 
 
 def _best_of_each(keys: KeyStore, mine: Tensor, edits: int) -> Tensor:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wisecli.data.pool import ALONE
@@ -38,7 +39,7 @@ from wisecli.memory.files import (
     write_json,
     write_lines,
 )
-from wisecli.memory.keys import KeySpace
+from wisecli.memory.keys import KeySpace, KeyStore, crowding
 from wisecli.models.prompts import ContentRule
 from wisecli.models.site import EditSite
 
@@ -138,6 +139,33 @@ class Shard:
         except (KeyError, TypeError, IndexError) as e:
             raise InputError(f"{path} lacks part of its manifest: {e}.", hint="Run wise edit again.") from e
         return cls(index, delta, seed, t["keys"], t["owner"], t["negatives"], edits, m.get("details", {}))
+
+
+def keys_in_force(gate: Gate, shards: Sequence[Shard], outcomes: Sequence[str]) -> KeyStore:
+    """The keys of all edits in force, and how crowded each edit is: by its bare prompt, among prompts about no edit.
+
+    A withdrawn edit keeps its keys: what comes nearest to it is main memory's. A superseded one has none.
+
+    Args:
+        outcomes: of the shards' edits, in order, as they are by now.
+    """
+    owners, seen = [], 0
+    for shard in shards:
+        owners.append(shard.owner + seen)
+        seen += len(shard.edits)
+    vectors, owner = torch.cat([s.keys for s in shards]), torch.cat(owners)
+    kept = torch.tensor([o != SUPERSEDED for o in outcomes], dtype=torch.bool)[owner]
+    vectors, owner = vectors[kept], owner[kept]
+    crowded = torch.zeros(seen)
+    if len(owner):
+        first = torch.cat([torch.zeros(1, dtype=torch.long), (owner[1:] != owner[:-1]).nonzero()[:, 0] + 1])
+        crowded[owner[first]] = crowding(vectors[first].float(), gate.ordinary(about_edits_of(shards)))
+    return KeyStore(gate.space, vectors, owner, crowded.half())
+
+
+def about_edits_of(shards: Sequence[Shard]) -> set[int]:
+    """Positions of the pool's prompts that are about an edit."""
+    return {i for s in shards for i in s.details.get("pool_about_edits", ())}
 
 
 @dataclass(frozen=True)
