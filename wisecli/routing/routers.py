@@ -23,7 +23,7 @@ from wisecli.memory.dense import FEW
 from wisecli.memory.indicator import activation_indicator
 from wisecli.memory.keys import KeyStore
 from wisecli.memory.side_memory import SideMemory
-from wisecli.memory.sketch import MARGIN, Sketches
+from wisecli.memory.sketch import MISSED, NEARLY, Sketches
 from wisecli.models.prompts import last_content
 
 MAIN = -1
@@ -168,30 +168,39 @@ class ActivationRouter:
         """Indicators [B, M], -inf where none was needed, the memory [B] that counts, and whether it passes [B]."""
         if self.sketches is None:
             acts = torch.stack([activation_indicator(seen.a, seen.content, d) for d in self.deltas], 1)
-        else:  # each row for itself, so that no row's candidates depend on another's
-            rows = zip(seen.a.split(1), seen.content.split(1), strict=True)
-            acts = torch.stack([self._candidates(self.sketches, *row) for row in rows])
+        else:
+            acts = self._candidates(self.sketches, seen)
         # A memory below its own epsilon never hides one that passes.
         passing = torch.where(acts > self.epsilon.to(acts.device), acts, -torch.inf)
         open_ = passing.isfinite().any(1)
         return acts, torch.where(open_, passing.argmax(1), acts.argmax(1)), open_
 
     @torch.no_grad()
-    def _candidates(self, sketches: Sketches, a: Tensor, content: Tensor) -> Tensor:
-        """Indicators [M] of one row, a [1, T, F], for the memories that its decision is between; -inf for the others.
+    def _candidates(self, sketches: Sketches, seen: Seen) -> Tensor:
+        """Indicators [B, M] of the memories that each row's decision is between; -inf for the others.
 
-        Among them are all that may pass their own epsilon and be stronger than the strongest that does. Where none
-        passes, the one of the largest estimate is there to tell what came closest.
+        Each row is searched for itself, so that its candidates depend on no other row.
         """
-        estimate = sketches.indicators(a[0], content[0])
-        reach, epsilon = (estimate * (1 + MARGIN)).tolist(), self.epsilon.tolist()
+        rows = list(zip(seen.a.split(1), seen.content.split(1), strict=True))
+        # All estimates before any indicator: what they are read from stays in the cache.
+        estimates = [sketches.indicators(a[0], content[0]) for a, content in rows]
+        return torch.stack([self._search(e, *row) for e, row in zip(estimates, rows, strict=True)])
+
+    def _search(self, estimate: Tensor, a: Tensor, content: Tensor) -> Tensor:
+        """Indicators [M] of one row, a [1, T, F], from their estimates [M]; -inf where none was needed.
+
+        Computed are those of all memories that by their estimate may pass their own epsilon, as long as they may also
+        be stronger than the strongest that does. Where none passes, the one of the largest estimate is among them, to
+        tell what came closest.
+        """
+        near, epsilon = estimate.tolist(), self.epsilon.tolist()
         order = estimate.argsort(descending=True).tolist()
         found: dict[int, Tensor] = {}
         strongest = -inf
         for j in order:
-            if reach[j] < strongest:
+            if near[j] * (1 + NEARLY) < strongest:
                 break
-            if reach[j] > epsilon[j]:
+            if near[j] * (1 + MISSED) > epsilon[j]:
                 found[j] = activation_indicator(a, content, self.deltas[j])[0]
                 strongest = max(strongest, x) if (x := float(found[j])) > epsilon[j] else strongest
         if strongest == -inf and order[0] not in found:
