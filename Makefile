@@ -9,7 +9,7 @@ OUT    ?= demo-out
 MADE    = "$(OUT)/shards" "$(OUT)/package" "$(OUT)/sm.safetensors" "$(OUT)/eval"
 WISE   := $(BIN)/wise
 
-.PHONY: demo test campaign kill bench gate papers check base edits clean
+.PHONY: demo test campaign kill bench speed gate papers check base edits clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/router.py --edits 100 --seed 8 --generate
+
+# Tens of minutes of one thread: how fast everything is, as ratios measured in one run.
+speed: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py --out $(OUT)/speed.json
 
 # An hour of CPU time: the README's figures, three seeds of each; stopped and started again it goes on where it was.
 gate: $(VENV)/.installed

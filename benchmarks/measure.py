@@ -60,8 +60,16 @@ def quartiles(values: tuple[float, ...]) -> tuple[float, float, float]:
     return low, mid, high
 
 
-def interleaved(things: Mapping[str, Callable[[], Any]], repeats: int, warm: int = 1) -> dict[str, Times]:
-    """Time several things in turn, each `repeats` times after `warm` untimed rounds; the order turns every round."""
+def interleaved(
+    things: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    warm: int = 1,
+    sync: Callable[[], None] = lambda: None,
+) -> dict[str, Times]:
+    """Time several things in turn, each `repeats` times after `warm` untimed rounds; the order turns every round.
+
+    `sync` waits for what an accelerator has still to do.
+    """
     cpu: dict[str, list[float]] = {name: [] for name in things}
     wall: dict[str, list[float]] = {name: [] for name in things}
     names = list(things)
@@ -69,6 +77,7 @@ def interleaved(things: Mapping[str, Callable[[], Any]], repeats: int, warm: int
         for name in names[i % len(names) :] + names[: i % len(names)]:
             start, cpu_start = time.perf_counter(), time.process_time()
             things[name]()
+            sync()
             spent, cpu_spent = time.perf_counter() - start, time.process_time() - cpu_start
             if i >= warm:
                 cpu[name].append(cpu_spent)
@@ -76,9 +85,10 @@ def interleaved(things: Mapping[str, Callable[[], Any]], repeats: int, warm: int
     return {name: Times(tuple(cpu[name]), tuple(wall[name])) for name in names}
 
 
-def ratios(of: Times, to: Times) -> dict[str, float]:
-    """Median and quartiles over repetitions of the ratio of CPU seconds, repetition by repetition."""
-    low, mid, high = quartiles(tuple(a / b for a, b in zip(of.cpu, to.cpu, strict=True)))
+def ratios(of: Times, to: Times, clock: str = "cpu") -> dict[str, float]:
+    """Median and quartiles over repetitions of the ratio of CPU (or wall) seconds, repetition by repetition."""
+    pairs = zip(getattr(of, clock), getattr(to, clock), strict=True)
+    low, mid, high = quartiles(tuple(a / b for a, b in pairs))
     return {"low": low, "median": mid, "high": high}
 
 
