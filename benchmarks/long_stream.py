@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -41,6 +41,7 @@ from wisecli.models.upper import UpperModel
 from wisecli.versions import versions
 
 BUILD = Path(__file__).parents[1] / "examples" / "demo_base" / "build_edits.py"
+STATUS = Path("/proc/self/status")  # rusage's peak may be that of the process that started this one
 PER_SHARD = 50
 KINDS = {"rel": ("edit",), "gen": ("rephrase",), "loc": ("unrelated",), "near": ("same-relation", "same-subject")}
 VARIANTS = {
@@ -57,7 +58,7 @@ def learn(base: Base, stream: EditStream, config: EditConfig, out: Path) -> tupl
     curve, start = [], time.process_time()
     for step in run:
         if step.finished:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            peak = int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())[1]) // 1024  # type: ignore[index]
             cpu = round(time.process_time() - start, 1)
             curve.append({"edits": step.done, "cpu_s": cpu, "peak_mib": peak})
     return run.folder, curve
