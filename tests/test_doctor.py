@@ -44,7 +44,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
 
 def _shrink(patched: pytest.MonkeyPatch) -> None:
     """A pool of a few hundred prompts, the best layer alone and few steps, so that it takes no minutes."""
-    kinds = sorted({f.relation for f in pool_facts()})[:12]
+    kinds = sorted({f.relation for f in pool_facts()})[:9]
     facts = tuple(f for k in kinds for f in [f for f in pool_facts() if f.relation == k][:9])
     ordinary = ordinary_prompts()[:40]
     patched.setattr("wisecli.doctor.examination._LEARNED", 1)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +211,10 @@ def command(model: Path, edits: Path, out: Path, *more: str) -> list[str]:
 
 def test_side_by_side_gives_the_same_bytes(tiny_model_dir: Path, tmp_path: Path) -> None:
     stream = EditStream.of(records(6))
+    config = replace(CONFIG, rewording=0.0)  # would be measured anew in each process
     loading = {"name": str(tiny_model_dir), "device": "cpu"}
     for jobs in (1, 2):
-        run = EditRun(load_base(**loading), stream, CONFIG, tmp_path / str(jobs))
+        run = EditRun(load_base(**loading), stream, config, tmp_path / str(jobs))
         steps = list(learn_side_by_side(run, jobs, loading))
         assert steps[-1].done == 6
         assert sorted(e["id"] for s in steps for e in s.finished) == [f"e{i}" for i in range(6)]

@@ -46,13 +46,13 @@ from wisecli.routing.attach import attach
 
 COUNTRIES = ("France", "Spain", "Italy", "Norway", "Kenya", "Peru")
 ISLANDS = ("Malta", "Cuba", "Fiji", "Samoa", "Java")
-CONFIG = EditConfig(contexts=1, max_steps=4, rank=16, shards=2, block=1, mask_density=0.5)
+CONFIG = EditConfig(contexts=0, max_steps=2, rank=16, shards=2, block=1, mask_density=0.5)
 SLOW = ("timings", "peak_memory")
 
 
 @pytest.fixture(autouse=True)
 def _small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    few_pool_prompts(monkeypatch, prompts=64)
+    few_pool_prompts(monkeypatch, prompts=32)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def whole(base: Base, stream: EditStream, tmp_path_factory: pytest.TempPathFacto
     """An uninterrupted run of "both" and its folder."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patched:
-        few_pool_prompts(patched, prompts=64)
+        few_pool_prompts(patched, prompts=32)
         return finish(StreamEvaluation(base, stream, CONFIG, folder, BOTH, options=options())), folder
 
 
@@ -281,7 +281,7 @@ def puts(base: Base, stream: EditStream, tmp_path_factory: pytest.TempPathFactor
     """How often an uninterrupted run puts something into the cache."""
     folder = tmp_path_factory.mktemp("puts")
     with pytest.MonkeyPatch.context() as patched:
-        few_pool_prompts(patched, prompts=64)
+        few_pool_prompts(patched, prompts=32)
         seen = _puts(patched, None)
         finish(StreamEvaluation(base, stream, CONFIG, folder / "out", BOTH, options=options(folder / "cache")))
     return len(seen)
@@ -382,6 +382,7 @@ def test_a_memory_without_a_threshold_for_the_router_stays_shut(
     assert [set(m.epsilon) for m in sm.memories] == [{"key"}, {"key", "activation"}]
 
 
+SOME = dataclasses.replace(CONFIG, mask_density=1.0, contexts=0)
 NOTHING = dataclasses.replace(CONFIG, schedule="published", max_steps=1, lr=1e-9)
 """The published schedule with steps too small for any edit to take: there is nothing to calibrate its router on."""
 
@@ -420,8 +421,8 @@ def test_what_was_kept_under_another_router_is_not_taken_up(
 ) -> None:
     """The first evaluation leaves all it asked in the cache, as if it had been killed at its very end."""
     some = EditStream.of([r for r in known.records if r.id in ("e2", "e4", "e5")])
-    kept = _protocol_runs(sure, some, WILKE, tmp_path / "kept")[protocol]
-    alone = _protocol_runs(sure, some, WILKE, tmp_path / "alone")[protocol]
+    kept = _protocol_runs(sure, some, SOME, tmp_path / "kept")[protocol]
+    alone = _protocol_runs(sure, some, SOME, tmp_path / "alone")[protocol]
     cache = tmp_path / "cache"
     by_key = finish(kept(options(cache, router="key")), close=False)
     by_activation = finish(kept(options(cache, router="activation")), close=False)
@@ -522,7 +523,7 @@ def test_each_sequence_is_learned_from_the_base(base: Base, stream: EditStream, 
 
 
 def test_several_sizes_are_those_of_each_alone(base: Base, stream: EditStream) -> None:
-    some = short(stream, 5)
+    some = short(stream, 3)
     together = finish(RollbackEvaluation(base, some, CONFIG, [3, 1, 2, 2], options=options()))
     assert [r["t"] for r in together.sections["rollbacks"]] == [1, 2, 3]
     assert together.sections["protocol"]["t"] == [1, 2, 3]
@@ -598,7 +599,7 @@ def test_sizes_that_no_sequence_can_have(base: Base, stream: EditStream, sizes: 
 
 
 def test_rollbacks_go_on_after_a_kill(base: Base, stream: EditStream, tmp_path: Path) -> None:
-    some = short(stream, 4)
+    some = short(stream, 3)
     want = finish(RollbackEvaluation(base, some, CONFIG, [1, 2], options=options()))
     for last in (3, 3, 2):
         with pytest.MonkeyPatch.context() as patched:
@@ -642,9 +643,11 @@ def known(stream: EditStream) -> EditStream:
     return EditStream.of(records)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def wilke(sure: Base, known: EditStream) -> EvalReport:
-    return finish(WilkeEvaluation(sure, known, WILKE, options()))
+    with pytest.MonkeyPatch.context() as patched:
+        few_pool_prompts(patched, prompts=32)
+        return finish(WilkeEvaluation(sure, known, WILKE, options()))
 
 
 def _forced(base: Base, encoder: PromptEncoder, prompt: str, text: str, sm: SideMemory | None) -> bool:
