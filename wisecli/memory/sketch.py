@@ -20,7 +20,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-RANK = 12
+RANK = 8
 MISSED = 0.2  # an indicator is taken to be no more than this share above its estimate: no memory that passes is missed
 NEARLY = 0.1  # the same where it is only about which of two that pass is the stronger
 _SEED = 0
