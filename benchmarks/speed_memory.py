@@ -7,6 +7,7 @@ digest of what came out.
 from __future__ import annotations
 
 import hashlib
+import os
 import statistics
 import subprocess
 import sys
@@ -170,14 +171,20 @@ def side_memory(
 
 
 def startup(repeats: int) -> dict[str, Any]:
-    """Wall seconds of `wise --help` and of an interpreter that does nothing."""
-    seconds: dict[str, list[float]] = {"wise --help": [], "python -c pass": []}
+    """CPU and wall seconds of `wise --help` and of an interpreter that does nothing."""
     calls = {"wise --help": ["-m", "wisecli", "--help"], "python -c pass": ["-c", "pass"]}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(repeats + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start, before = time.perf_counter(), os.times()
             subprocess.run([sys.executable, *call], check=True, capture_output=True)
+            after = os.times()
             if i:
-                seconds[name].append(time.perf_counter() - start)
-    mid = {name: statistics.median(s) for name, s in seconds.items()}
-    return {"wall_s": mid, "beyond_python_s": mid["wise --help"] - mid["python -c pass"], "repeats": repeats}
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(sum(after[2:4]) - sum(before[2:4]))  # of children, user and system
+    return {
+        "cpu_s": {name: statistics.median(s) for name, s in cpu.items()},
+        "wall_s": {name: statistics.median(s) for name, s in wall.items()},
+        "repeats": repeats,
+    }
