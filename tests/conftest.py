@@ -7,6 +7,8 @@ Fixtures that give a factory: `tiny_model(kind)` (one shared instance per kind; 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,6 +44,11 @@ _CORPUS = "hello world the capital of France is Paris what who where when"
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    os.environ["WISE_CACHE"] = tempfile.mkdtemp(prefix="wise-cache-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["WISE_CACHE"], ignore_errors=True)
 
 
 def build_tokenizer() -> Any:

@@ -27,7 +27,7 @@ from wisecli.editing.merge import merge_run
 from wisecli.editing.parallel import learn_side_by_side
 from wisecli.editing.run import EditRun
 from wisecli.errors import InputError, OutputError, UsageError
-from wisecli.memory.shard import RunFolder
+from wisecli.memory.shard import Gate, RunFolder
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base, load_base
 from wisecli.models.prompts import PromptEncoder
@@ -250,6 +250,28 @@ def test_edits_are_added_with_the_settings_of_the_run(
     assert "config.lr was None and is now 0.5" in " ".join(capsys.readouterr().err.split())
     assert main(["edit", str(more), "--shards", str(tmp_path / "nowhere")]) == 1
     assert main(["edit", str(more), "--shards", str(out), "--out", str(out)]) == 2
+
+
+def test_a_kept_gate_is_the_one_that_would_be_worked_out(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    plain = learned(finish(begin(base, records(4), tmp_path / "plain")).path)
+    for name in ("first", "second"):
+        assert learned(finish(begin(base, records(4), tmp_path / name, cache=cache)).path) == plain
+        monkeypatch.setattr(Gate, "fit", None)  # from here on it can only be read
+    (kept,) = (cache / "gates").iterdir()
+    other = EditRun(base, EditStream.of(records(4)), CONFIG, tmp_path / "other", extra_pool=["Why?"], cache=cache)
+    with pytest.raises(TypeError):
+        other.prepare()  # of another pool
+    monkeypatch.undo()
+    few_pool_prompts(monkeypatch)
+    kept.write_bytes(kept.read_bytes()[:50])
+    assert learned(finish(begin(base, records(4), tmp_path / "third", cache=cache)).path) == plain
+    assert kept.stat().st_size > 50
+    nowhere = tmp_path / "file"
+    nowhere.write_text("")
+    assert learned(finish(begin(base, records(4), tmp_path / "fourth", cache=nowhere)).path) == plain
 
 
 # -- several memories --------------------------------------------------------------------------------------------------

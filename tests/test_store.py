@@ -14,6 +14,7 @@ from conftest import CHAT_TEMPLATE, build_model, build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wisecli.cache import default_folder
 from wisecli.data.records import SAME_RELATION, EditRecord, Probe
 from wisecli.data.stream import EditStream
 from wisecli.errors import OutputError
@@ -21,7 +22,7 @@ from wisecli.evaluation import answers as answering
 from wisecli.evaluation.asking import Asker, drain
 from wisecli.evaluation.evaluate import EvalOptions, EvalReport, Evaluation, evaluate
 from wisecli.evaluation.questions import questions_of
-from wisecli.evaluation.store import AnswerStore, default_folder
+from wisecli.evaluation.store import AnswerStore
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base
 from wisecli.routing.attach import attach

@@ -73,6 +73,25 @@ SideMemoryFile = Annotated[
 ]
 
 
+def cache_folder(sink: Output, kept: str) -> Path | None:
+    """Where things are kept between runs; nowhere, with a warning, where that folder cannot be written.
+
+    Args:
+        kept: what will not be.
+    """
+    from wisecli.cache import default_folder
+    from wisecli.errors import OutputError
+    from wisecli.memory.files import ensure_writable
+
+    folder = default_folder()
+    try:
+        ensure_writable(folder)
+    except OutputError as e:
+        sink.warn(f"{kept} not kept: {e.message} WISE_CACHE names another folder")
+        return None
+    return folder
+
+
 def base_of(
     recorded: Mapping[str, Any],
     model: str | None,

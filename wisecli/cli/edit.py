@@ -65,6 +65,10 @@ def edit(
     limit: Annotated[int | None, typer.Option(help="Learn only the first N edits.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of masks, contexts and minibatches.")] = 0,
     texts: Annotated[bool, typer.Option("--texts/--no-texts", help="Keep prompts and targets in the ledger.")] = True,
+    cache: Annotated[
+        bool,
+        typer.Option("--cache/--no-cache", help="On the CPU, keep the gate of a base and a layer for the next run."),
+    ] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the outcome of every edit.")] = False,
     revision: opt.Revision = None,
     dtype: opt.Dtype = "auto",
@@ -124,7 +128,10 @@ def edit(
         loading |= {"device_map": device_map, "offload_below": _lowest(settings) if offload_lower else None}
         base = load_base(**loading)
         config_of_run = opt.edit_config(stream, base, **settings)
-        run = EditRun(base, stream, config_of_run, out, extra_pool=more, texts=texts, append=older is not None)
+        kept = opt.cache_folder(sink, "the gate is") if cache else None
+        run = EditRun(
+            base, stream, config_of_run, out, extra_pool=more, texts=texts, append=older is not None, cache=kept
+        )
         _introduce(sink, run, located.path)
         entries = _learn(sink, run, jobs, loading, unit)
         alike = run.settled.alike

@@ -143,7 +143,7 @@ def evaluate(
         for warning in stream.warnings:
             sink.warn(warning)
         written = Written(out, png)
-        kept = _cache(sink) if cache else None
+        kept = opt.cache_folder(sink, "answers are") if cache else None
         side_memory, sm = opt.read_side_memory(sink, side_memory) if side_memory else (None, None)
         options = _options(open_gate, ability, text, batch_size, kept, located, side_memory, router)
         from wisecli.memory.side_memory import SideMemory
@@ -267,21 +267,6 @@ def _tasks(harness: str | None, include: Path | None) -> list[str]:
     names = [x.strip() for x in harness.split(",") if x.strip()]
     check_tasks(names, include)
     return names
-
-
-def _cache(sink: Output) -> Path | None:
-    """Where answers are kept; nowhere, with a warning, where that folder cannot be written."""
-    from wisecli.errors import OutputError
-    from wisecli.evaluation.store import default_folder
-    from wisecli.memory.files import ensure_writable
-
-    folder = default_folder()
-    try:
-        ensure_writable(folder)
-    except OutputError as e:
-        sink.warn(f"answers are not kept: {e.message} WISE_CACHE names another folder")
-        return None
-    return folder
 
 
 def _options(

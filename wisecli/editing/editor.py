@@ -7,15 +7,18 @@ stream ended now. Nothing here touches the disk: `run` writes shards into a fold
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from wisecli.cache import digest_of
 from wisecli.data.pool import Pool, PoolFact, pool_facts
 from wisecli.data.records import EditRecord
 from wisecli.data.stream import EditStream, prompt_key
@@ -27,6 +30,7 @@ from wisecli.editing.negatives import about_edits, hard_negatives, kindred_negat
 from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
 from wisecli.editing.rewording import Rewording
+from wisecli.errors import InputError, OutputError
 from wisecli.memory.bits import SparseDelta, draw_mask
 from wisecli.memory.keys import crowding
 from wisecli.memory.lookup import alike
@@ -69,6 +73,24 @@ class Editor:
         known = set(self.pool.prompts)
         self.facts = tuple(f for f in pool_facts() if known.issuperset(f.prompts))
         self._vectors: dict[str, Tensor] = {}
+
+    def kept_gate(self, cache: Path | None) -> Gate:
+        """The gate, from a cache where it was worked out before; only on the CPU, where it is worth hashing the base.
+
+        Args:
+            cache: folder; None for none.
+        """
+        if cache is None or self.base.model.device.type != "cpu" or self.base.digest is None:
+            return self.gate
+        how = {"site": asdict(self.site), "rule": self.encoder.rule.to_json(), "chat": self.config.chat}
+        about = {**how, "pool": self.pool.digest, "rank": self.config.rank, "format": FORMAT_VERSION}
+        path = cache / "gates" / f"{digest_of({**self.base.state(), **about})}.safetensors"
+        with contextlib.suppress(InputError):  # none there, or a damaged one
+            self.gate = Gate.load(path)
+            return self.gate
+        with contextlib.suppress(OutputError):  # a cache that cannot be written is no fault
+            self.gate.save(path)
+        return self.gate
 
     @cached_property
     def gate(self) -> Gate:

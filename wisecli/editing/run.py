@@ -57,6 +57,7 @@ class EditRun:
         texts: keep prompts and targets in the shards and the ledger; ids alone otherwise.
         append: add the stream to those that the folder holds.
         checkpoints: write a shard in the making down every now and then.
+        cache: folder where the gates of bases are kept; None keeps none.
 
     Raises:
         InputError: the folder holds another run, or a record does not fit the base.
@@ -74,9 +75,11 @@ class EditRun:
         texts: bool = True,
         append: bool = False,
         checkpoints: bool = True,
+        cache: Path | None = None,
     ) -> None:
         self.base, self.stream, self.config, self.texts = base, stream, config, texts
         self.append, self.checkpoints, self.extra_pool = append, checkpoints, tuple(extra_pool)
+        self.cache = cache
         if not stream.records:
             raise InputError("There are no edits to learn.")
         if config.shards > len(stream.records):
@@ -161,7 +164,7 @@ class EditRun:
         if self.folder.gate_path.exists():
             self.editor.gate = self.folder.gate()
         else:
-            self.editor.gate.save(self.folder.gate_path)
+            self.editor.kept_gate(self.cache).save(self.folder.gate_path)
         self._prepared = True
 
     def arguments(self) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wisecli.cache import digest_of
 from wisecli.errors import InputError
-from wisecli.evaluation.store import AnswerStore, digest_of
+from wisecli.evaluation.store import AnswerStore
 from wisecli.models.base import Base, context_of
 from wisecli.models.prompts import PromptEncoder, Row
 from wisecli.models.upper import head_at

@@ -17,8 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-import torch
-
+from wisecli.cache import digest_of
 from wisecli.data.records import EditRecord
 from wisecli.evaluation.answers import (
     BATCH,
@@ -31,12 +30,11 @@ from wisecli.evaluation.answers import (
 )
 from wisecli.evaluation.metrics import all_tokens_match, exact_match, ood_example, ood_token, token_accuracy
 from wisecli.evaluation.questions import Item, Question
-from wisecli.evaluation.store import AnswerStore, digest_of
+from wisecli.evaluation.store import AnswerStore
 from wisecli.memory.side_memory import MAIN_MEMORY
 from wisecli.models.base import Base
 from wisecli.models.prompts import PromptEncoder, Row
 from wisecli.routing.attach import Attached
-from wisecli.versions import versions
 
 T = TypeVar("T")
 Seen = TypeVar("Seen", Answer, Forced)
@@ -236,16 +234,7 @@ class Asker:
 
     def state(self) -> dict[str, Any]:
         """What decides the base's answers apart from the prompts."""
-        model, tools = self.base.model, versions()
-        device = model.device
-        numbers = {
-            "dtype": str(model.dtype),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "attention": getattr(model.config, "_attn_implementation", None),
-            "threads": torch.get_num_threads(),
-            "batch": self.batch_size,
-        }
-        return {"base": self.base.digest, **numbers, "tools": tools}
+        return {**self.base.state(), "batch": self.batch_size}
 
     def store(self, about: Mapping[str, Any]) -> AnswerStore | None:
         """A store for what is asked under `about`; dropped by `close`."""

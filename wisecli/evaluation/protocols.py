@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wisecli.cache import digest_of
 from wisecli.data.stream import EditStream
 from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import Editor, OpenShard, slices
@@ -36,7 +37,7 @@ from wisecli.evaluation.evaluate import (
 )
 from wisecli.evaluation.questions import Item, questions_of
 from wisecli.evaluation.scores import plain, scores_of
-from wisecli.evaluation.store import AnswerStore, digest_of
+from wisecli.evaluation.store import AnswerStore
 from wisecli.memory.shard import Shard
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base, weights_digest

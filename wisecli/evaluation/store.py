@@ -11,7 +11,6 @@ An interrupted evaluation continues from here, and the base's answers serve ever
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -19,22 +18,8 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
+from wisecli.cache import FOLDER_VARIABLE, digest_of
 from wisecli.errors import OutputError
-
-FOLDER_VARIABLE = "WISE_CACHE"
-
-
-def default_folder() -> Path:
-    """The folder named by WISE_CACHE, else ~/.cache/wise (under XDG_CACHE_HOME where that is set)."""
-    named = os.environ.get(FOLDER_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "wise"
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class AnswerStore:

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from wisecli.cache import digest_of
 from wisecli.data.records import UNRELATED, EditRecord
 from wisecli.data.stream import EditStream
 from wisecli.editing.config import EditConfig
@@ -33,7 +34,7 @@ from wisecli.evaluation.evaluate import EvalOptions, EvalReport, Findings, asker
 from wisecli.evaluation.metrics import all_tokens_match, exact_match, harmonic_mean, mean
 from wisecli.evaluation.protocols import attached_by, router_of
 from wisecli.evaluation.questions import EDIT, REPHRASE, Item
-from wisecli.evaluation.store import AnswerStore, digest_of
+from wisecli.evaluation.store import AnswerStore
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base, context_of
 from wisecli.models.prompts import Row

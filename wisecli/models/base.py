@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from wisecli.errors import ModelError, UsageError, first_line
+from wisecli.versions import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,6 +65,18 @@ class Base:
         digest.update(json.dumps(content, sort_keys=True).encode())
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return digest.hexdigest()
+
+    def state(self) -> dict[str, Any]:
+        """What decides, apart from the prompts and their batches, the numbers that this base makes of them."""
+        device = self.model.device
+        return {
+            "base": self.digest,
+            "dtype": str(self.model.dtype),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "threads": torch.get_num_threads(),
+            "tools": versions(),
+        }
 
 
 def demo_base_path() -> Path:
