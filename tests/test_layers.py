@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "wisecli"
 STAGES = [
-    ("errors", "versions"),
+    ("errors", "versions", "cache"),
     ("hub",),
     ("data",),
     ("models",),

@@ -112,6 +112,15 @@ def test_a_shard_in_the_making_that_cannot_be_read_is_begun_anew(
     assert learned(finish(begin(base, records(6), tmp_path / "broken")).path) == whole
 
 
+def test_what_a_kill_leaves_beside_a_finished_shard_goes(base: Base, tmp_path: Path) -> None:
+    whole = learned(finish(begin(base, records(6), tmp_path)).path)
+    for name in ("partial-00000.safetensors", ".lock-00000", ".writer-00000"):
+        (tmp_path / name).write_bytes(b"left behind")
+    finish(begin(base, records(6), tmp_path))
+    assert learned(tmp_path) == whole
+    assert not list(tmp_path.glob(".*-0*"))
+
+
 def test_a_torn_ledger_and_journal_are_mended(base: Base, tmp_path: Path) -> None:
     folder = finish(begin(base, records(6), tmp_path))
     whole = folder.ledger_path.read_bytes()

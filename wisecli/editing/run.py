@@ -133,6 +133,7 @@ class EditRun:
             OutputError: another process is learning it.
         """
         if self.folder.shard_path(index).exists():
+            self.folder.tidy(index)
             return
         with self.folder.lock_shard(index):
             if not self.folder.shard_path(index).exists():  # it may have come while the lock was taken
@@ -154,7 +155,7 @@ class EditRun:
                 cost = written - started
             yield arrived
         self.open.shard().save(self.folder.shard_path(index))
-        partial.unlink(missing_ok=True)
+        self.folder.tidy(index)
         self.open = None
 
     def prepare(self) -> None:

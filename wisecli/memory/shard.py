@@ -318,11 +318,16 @@ class RunFolder:
         Raises:
             OutputError: another process is learning it.
         """
-        part = f"-{index:05d}"
-        with locked(self.path, part):
+        with locked(self.path, f"-{index:05d}"):
             yield
-        # Whoever waits for it looks for the shard first.
-        (self.path / f".lock{part}").unlink(missing_ok=True)
+        self.tidy(index)
+
+    def tidy(self, index: int) -> None:
+        """Remove what served to learn a shard that is there; a process that was killed may have left it."""
+        if self.shard_path(index).exists():
+            self.partial_path(index).unlink(missing_ok=True)
+            for name in (".lock", ".writer"):  # whoever takes the lock looks for the shard first
+                (self.path / f"{name}-{index:05d}").unlink(missing_ok=True)
 
     def withdraw(self, ids: Collection[str]) -> RunFolder:
         """The folder with these edits withdrawn: merging leaves them out, and main memory answers their prompts.
