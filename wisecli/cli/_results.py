@@ -78,6 +78,7 @@ def show_report(sink: Output, report: EvalReport) -> None:
     s = report.sections
     edited = s["method"] is not None
     title = f"{s['dataset']['name'] or 'stream'}, {report.edits} edits, {s['base']['label']}, {s['protocol']['name']}"
+    title += ", routed by an oracle" if (s["side_memory"] or {}).get("router") == "oracle" else ""
     columns = ("exact match", "before", "after", "95 % interval", "token", "routed", "prompts")
     sink.table(title, columns, _score_rows(report, edited))
     sink.facts(list(_beside(s)))
@@ -204,7 +205,7 @@ def _show_failures(sink: Output, report: EvalReport) -> None:
     rows = []
     for item in wrong[:_SHOWN]:
         wanted = item.question.target if item.question.target is not None else item.before
-        side = "side" if item.route and item.route.routed else "main"
+        side = "-" if item.route is None else "side" if item.route.routed else "main"
         rows.append((item.question.kind, short(item.question.prompt), short(wanted, 30), short(item.after, 30), side))
     sink.table(f"{len(wrong)} wrong, for example", ("kind", "prompt", "wanted", "answered", "memory"), rows, left=5)
 
