@@ -100,14 +100,15 @@ class Published:
 
     def _edit(self, edit: CapturedEdit, other: CapturedRow) -> int:
         optimiser = torch.optim.SGD([self.delta], lr=self.config.lr or DEFAULT_LR)
-        inside, outside = stack(edit.rows), stack([other])
+        (a, content), outside = stack(edit.rows), stack([other])
         counts = [int((r.labels != -100).sum()) for r in edit.rows]
         before = float("inf")
         for step in range(self.config.max_steps):
-            logits, targets = self.upper.logits(edit.rows, self.delta)
+            side = F.linear(a, self.delta)
+            logits, targets = self.upper.logits(edit.rows, self.delta, side)
             losses = F.cross_entropy(logits.float(), targets, reduction="none")
             per_row = torch.stack([x.mean() for x in losses.split(counts)])
-            loss = per_row.mean() + self.margins.loss(inside, outside, self.delta)
+            loss = per_row.mean() + self.margins.loss(side, content, outside, self.delta)
             if self.replay is not None:
                 loss = loss + self.replay.loss(self.delta)
             now = float(loss.detach())

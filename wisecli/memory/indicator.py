@@ -20,7 +20,12 @@ def activation_indicator(a: Tensor, content: Tensor, delta: Tensor) -> Tensor:
         content: content mask [B, T].
         delta: [D, F].
     """
-    per_token = F.linear(a.to(delta.dtype), delta).float().norm(dim=-1)
+    return indicator_of(F.linear(a.to(delta.dtype), delta), content)
+
+
+def indicator_of(side: Tensor, content: Tensor) -> Tensor:
+    """The same [B] where a delta^T [B, T, D] is known already."""
+    per_token = side.float().norm(dim=-1)
     weight = content.to(per_token.dtype)
     return (per_token * weight).sum(1) / weight.sum(1).clamp(min=1)
 

@@ -103,10 +103,15 @@ class UpperModel:
             found[picked] = at[layer]
         return found
 
-    def logits(self, rows: Sequence[CapturedRow], delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def logits(
+        self, rows: Sequence[CapturedRow], delta: Tensor | None, side: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits [n, V] at every supervised position of the rows under W + delta, and their target ids [n].
 
         Gradients flow into `delta` [D, F] alone.
+
+        Args:
+            side: a delta^T [B, T, D] of the padded rows, where it is known already.
         """
         ids = pad_sequence([r.ids for r in rows], batch_first=True)
         labels = pad_sequence([r.labels for r in rows], batch_first=True, padding_value=-100)
@@ -115,9 +120,10 @@ class UpperModel:
         wanted = labels[:, 1:] != -100
         with contextlib.ExitStack() as stack:
             if self.additive:
-                if delta is not None:
+                if delta is not None and side is None:
                     a = pad_sequence([r.a for r in rows], batch_first=True)
-                    stream = stream + F.linear(a.to(delta.dtype), delta).to(stream.dtype)
+                    side = F.linear(a.to(delta.dtype), delta)
+                stream = stream if side is None else stream + side.to(stream.dtype)
                 stack.enter_context(self._stubbed(self.site.layer + 1, stream))
             else:
                 stack.enter_context(self._stubbed(self.site.layer, stream))
