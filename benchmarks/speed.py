@@ -35,11 +35,11 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     edits = {"wise-demo": args.edits, "llama-32x512": 1}
     return {
         "deltas": lambda: same_deltas(5, args.steps),
-        "editing": lambda: {s: editing(s, edits[s], steps[s], args.repeats) for s in SHAPES},
+        "editing": lambda: {s: editing(s, edits[s], steps[s], args.repeats) for s in args.shapes},
         "stream": lambda: stream(args.stream, min(args.stream, args.reference_edits or args.stream)),
         "routing": lambda: {
             s: routing(s, (args.tokens,), (1, 8), args.routing_repeats // (1 if s == "wise-demo" else 5), 200)
-            for s in SHAPES
+            for s in args.shapes
         },
         "merge": lambda: merging(args.repeats),
         "artifact": lambda: artifact(args.repeats),
@@ -112,6 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=70, help="steps per edit where both take the same number")
     parser.add_argument("--edits", type=int, default=5, help="edits per repetition there")
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=SHAPES, help="of editing and routing")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--routing-repeats", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=64, help="length of the prompts whose prefill is timed")
