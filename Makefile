@@ -9,7 +9,7 @@ OUT    ?= demo-out
 MADE    = "$(OUT)/shards" "$(OUT)/package" "$(OUT)/sm.safetensors" "$(OUT)/eval"
 WISE   := $(BIN)/wise
 
-.PHONY: demo test campaign kill bench speed gate papers check base edits clean
+.PHONY: demo test campaign kill lifelong bench speed gate papers check base edits clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,12 @@ campaign: $(VENV)/.installed-dev
 # A hundred SIGKILLs at random moments, full disks and a torn ledger: the same bytes in the end, every time.
 kill: $(VENV)/.installed
 	$(BIN)/python benchmarks/kill.py --kills 100
+
+# Two hours of CPU time: portions and withdrawn edits, a thousand edits in one go, many memories and keys.
+lifelong: $(VENV)/.installed
+	$(BIN)/python benchmarks/lifelong.py
+	$(BIN)/python benchmarks/long_stream.py --folder $(OUT)/long-stream
+	$(BIN)/python benchmarks/routing.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ablation.py
