@@ -93,6 +93,7 @@ class Rehearsal:
         self.held_at = torch.empty(0)
         self.aside = torch.empty(0, dtype=torch.bool)
         self.steps: list[int] = []
+        self.seen = False  # whether `worst` and `right` of all rows are those of the delta as it is
         self.firsts: list[int] = []
 
     def learn(self, edits: Sequence[CapturedEdit]) -> Generator[int, None, list[Outcome]]:
@@ -198,13 +199,13 @@ class Rehearsal:
             before = self._here()
             self.aside[late] = False
             self._consolidate(max(_LATE, len(late)))
-            self._sweep(range(len(self.rows)))
+            self._sweep()
             wrong = [i for i in late if not self.right[self.firsts[i]]]
             if wrong:
                 self._restore(before)
                 self.aside[wrong] = True
                 self._consolidate(len(late))
-        self._sweep(range(len(self.rows)))
+        self._sweep()
         return self.outcomes()
 
     def _here(self) -> tuple[Tensor, ...]:
@@ -218,6 +219,7 @@ class Rehearsal:
     @torch.no_grad()
     def _restore(self, state: tuple[Tensor, ...]) -> None:
         self.delta.copy_(state[0])
+        self.seen = False
         self.optimiser.state[self.delta].clear()
         if len(state) > 1:
             self.optimiser.state[self.delta]["momentum_buffer"] = state[1].clone()
@@ -237,6 +239,7 @@ class Rehearsal:
         if not self.rows and edits:
             self._set_step(edits)
         first = len(self.rows)
+        self.seen = False
         for edit in edits:
             self.firsts.append(len(self.rows))
             self.steps.append(0)
@@ -251,6 +254,7 @@ class Rehearsal:
 
     def _put(self, i: int, rows: Sequence[CapturedRow]) -> None:
         """Rows that do not yet hold in the place of the i-th edit's, which may be more or fewer."""
+        self.seen = False
         span = self._span(i)
         first, end, count = span.start, span.stop, span.stop - span.start
         self.rows[first:end] = rows
@@ -293,7 +297,7 @@ class Rehearsal:
         cap = math.ceil(self.config.max_steps * max(edits, 10) / 10)
         spent, best, best_at = 0, len(self.rows) + 1, 0
         while spent < cap:
-            self._sweep(range(len(self.rows)))
+            self._sweep()
             pending = self._pending()
             if len(pending) < best:
                 best, best_at = len(pending), spent
@@ -355,6 +359,7 @@ class Rehearsal:
         loss.backward()
         self.delta.grad.mul_(self.mask)  # type: ignore[union-attr]
         self.optimiser.step()
+        self.seen = False
         for edit in {self.owner[i] for i in picked}:
             self.steps[edit] += 1
 
@@ -373,13 +378,16 @@ class Rehearsal:
         return replace(row, a=row.a * keep / (1 - p))
 
     @torch.no_grad()
-    def _sweep(self, which: Sequence[int]) -> None:
-        for picked in batches([len(self.rows[i].ids) for i in which]):
-            picked = [which[k] for k in picked]
+    def _sweep(self) -> None:
+        """See how all rows fare under the delta as it is; nothing to do where no step was taken since the last time."""
+        if self.seen:
+            return
+        for picked in batches([len(r.ids) for r in self.rows]):
             rows = [self.rows[i] for i in picked]
             logits, targets = self.upper.logits(rows, self.delta)
             losses = F.cross_entropy(logits.float(), targets, reduction="none")
             self._note(picked, rows, losses, logits.argmax(-1) == targets)
+        self.seen = True
 
     def _note(self, picked: list[int], rows: Sequence[CapturedRow], losses: Tensor, right: Tensor) -> None:
         """Keep, per row, its largest token loss and whether all its tokens are right."""
