@@ -68,7 +68,7 @@ SideMemoryFile = Annotated[
         "--side-memory",
         "-s",
         metavar="FILE",
-        help="Side memory file, packaged folder, or ORG/NAME[@REVISION] on the hub.",
+        help="Side memory file, packaged folder, or ORG/NAME or ORG/NAME@REVISION on the hub.",
     ),
 ]
 

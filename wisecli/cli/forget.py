@@ -52,8 +52,9 @@ def forget(
 ) -> None:
     """Withdraw edits: their prompts are answered by the base again, at once.
 
-    In a side memory the gate is closed to them. In a run folder they are marked, and the next merge leaves them out;
-    with --rebuild the shards that hold them are learned anew without them, which takes a base and time.
+    In a side memory the gate is closed to them. In a run folder the next merge leaves them out.
+
+    With --rebuild the shards that hold them are learned anew without them, which takes a base and time.
 
     Example: wise forget demo-001 -s sm.safetensors --shards shards
     Example: wise forget demo-001 -s sm.safetensors --shards shards --rebuild
