@@ -29,7 +29,7 @@ def route(
             "--side-memory",
             "-s",
             metavar="FILE",
-            help="Side memory file, packaged folder, or ORG/NAME[@REVISION] on the hub.",
+            help="Side memory file, packaged folder, or ORG/NAME or ORG/NAME@REVISION on the hub.",
         ),
     ],
     prompts: Annotated[
