@@ -191,10 +191,9 @@ def _merge_group(job: _Job, index: int, shards: Sequence[Shard]) -> _Merged:
     how, config = job.how, job.config
     trims = METHODS[_known(how.method)].trim and 0 < how.density < 1
     share = how.density * config.mask_density if trims else how.density
-    deltas = [s.delta.dense() for s in shards]
-    merged = merge_deltas(deltas, how.method, density=share, weights=how.weights, seed=config.seed)
+    merged = merge_deltas([s.delta for s in shards], how.method, density=share, weights=how.weights, seed=config.seed)
     # A shard by itself comes out as it was learned: nothing was disturbed, and there is nothing to restore.
-    disturbed = len(deltas) > 1 or not torch.equal(merged, deltas[0])
+    disturbed = len(shards) > 1 or not torch.equal(merged, shards[0].delta.dense())
     delta, entries, steps = _settle(job, merged, _entries(shards, index), disturbed)
     origin = {
         "method": how.method,
