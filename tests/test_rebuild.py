@@ -152,6 +152,8 @@ def test_forget_rebuild_through_the_command_line(
     learn = ["--max-steps", "6", "--block", "2", "--contexts", "1", "--shards", "2", "-q"]
     assert main(["edit", str(edits), "--model", str(tiny_model_dir), "--out", str(shards), *learn]) == 0
     assert main(["merge", str(shards), "-o", str(file), "-q"]) == 0
+    pool = tmp_path / "pool.txt"
+    pool.write_text("What is the tallest tree?\n")
     before = learned(shards), file.read_bytes()
     capsys.readouterr()
     where = ["-s", str(file), "--shards", str(shards)]
@@ -164,6 +166,8 @@ def test_forget_rebuild_through_the_command_line(
         (["e1", "-s", str(file), "--rebuild"], "--shards FOLDER"),
         (["e1", *where, "--dry-run"], "Add --rebuild"),
         (["e77", *where, "--rebuild"], "has no edit e77"),
+        (["e1", *where, "--model", str(tiny_model_dir)], "--model is for learning anew"),
+        (["e1", *where, "--rebuild", "--pool", str(pool)], "another pool"),
     ):
         assert main(["forget", *wrong]) in (1, 2)
         assert message in " ".join(capsys.readouterr().err.split())

@@ -73,6 +73,12 @@ SideMemoryFile = Annotated[
 ]
 
 
+def given(ctx: typer.Context, name: str) -> bool:
+    """Whether an option was given on the command line."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def cache_folder(sink: Output, kept: str) -> Path | None:
     """Where things are kept between runs; nowhere, with a warning, where that folder cannot be written.
 
@@ -162,10 +168,9 @@ def run_settings(ctx: typer.Context, path: Path | None, **options: Any) -> tuple
     from wisecli.editing.config_file import ConfigFile
 
     file = ConfigFile.read(path) if path is not None else ConfigFile()
-    sources = {name: ctx.get_parameter_source(name) for name in options}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    dropped = {belongs for name, belongs in (("model", "revision"), ("layer", "module")) if name in given}
-    said = {k: v for k, v in {**file.base, **file.settings}.items() if k not in given | dropped}
+    typed = {name for name in options if given(ctx, name)}
+    dropped = {belongs for name, belongs in (("model", "revision"), ("layer", "module")) if name in typed}
+    said = {k: v for k, v in {**file.base, **file.settings}.items() if k not in typed | dropped}
     settings = options | said
     loading = {k: settings.pop(k) for k in ("model", "revision", "dtype")}
     EditConfig(**{k: v for k, v in settings.items() if v is not None})

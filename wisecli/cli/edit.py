@@ -201,9 +201,8 @@ def _lowest(settings: dict[str, Any]) -> int | str:
 
 
 def _given(ctx: typer.Context, name: str) -> bool:
-    """Whether an option was given on the command line."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE" and name != "shards"
+    """Whether a setting was given on the command line; --shards names the folder here."""
+    return name != "shards" and opt.given(ctx, name)
 
 
 def _number(layer: str) -> int:

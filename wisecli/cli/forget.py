@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from wisecli.models.base import Base
 
 _REBUILD = "Rebuilding"
+_BASE = ("pool", "model", "revision", "dtype", "device", "trust_remote_code")  # options that only rebuilding needs
 _SHOWN = 10
 
 
 def forget(
+    ctx: typer.Context,
     ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of the edits, as wise log lists them.")],
     side_memory: opt.SideMemoryFile = None,
     shards: Annotated[
@@ -61,7 +63,12 @@ def forget(
     """
     sink = Output(json, quiet)
     with sink.running():
+        from wisecli.errors import UsageError
+
         _check(side_memory, shards, out, rebuild, dry_run)
+        idle = [f"--{k.replace('_', '-')}" for k in _BASE if opt.given(ctx, k)] if not rebuild else []
+        if idle:
+            raise UsageError(f"{idle[0]} is for learning anew.", hint="Add --rebuild, or leave it out.")
         ids = list(dict.fromkeys(ids))
         if rebuild and shards is not None:
             loading = {"model": model, "revision": revision, "dtype": dtype, "device": device}
@@ -143,19 +150,21 @@ class _Again:
 
     def run(self, pool: Sequence[str], loading: Mapping[str, Any], trust: bool) -> dict[str, Any]:
         """Withdraw, learn anew, merge again as before, and ask."""
-        from wisecli.editing.merge import check_base
         from wisecli.editing.rebuild import Rebuild
+        from wisecli.memory.files import ensure_writable
 
         said = self.plan()
+        if self.file is not None:
+            ensure_writable((self.out or self.file).parent)
         recorded = self.folder.run["base"]
         dtype = recorded["dtype"] if loading["dtype"] == "auto" else loading["dtype"]
         base = opt.base_of(recorded, loading["model"], loading["revision"], dtype, loading["device"], trust)
-        check_base(self.folder, base)
         prompts = {e["id"]: e["prompt"] for e in self.folder.entries() if e["id"] in self.ids and "prompt" in e}
-        self.folder = self.folder.withdraw(self.ids)
+        job = Rebuild(base, self.folder, pool, self.ids)
+        self.folder = job.run
         with self.sink.progress() as bar:
             task = bar.add_task("learning", total=None)
-            for done, total in Rebuild(base, self.folder, pool):
+            for done, total in job:
                 bar.update(task, completed=done, total=total)
         written = [str(self.folder.path)]
         result: dict[str, Any] = {"withdrawn": list(self.ids), "written": written, "plan": said["plan"]}

@@ -70,22 +70,26 @@ class Rebuild:
 
     Args:
         base: the run's, loaded.
-        run: the folder, its edits withdrawn.
+        run: the folder.
         extra_pool: as the run was given.
+        withdraw: edits to withdraw first, once it is sure that their shards can be learned anew.
 
     Raises:
         BaseMismatch: the base is not the run's.
         InputError: the pool is not the run's, or texts were left out.
     """
 
-    def __init__(self, base: Base, run: RunFolder, extra_pool: Sequence[str] = ()) -> None:
-        self.run, self.plan = run, plan_rebuild(run)
+    def __init__(
+        self, base: Base, run: RunFolder, extra_pool: Sequence[str] = (), withdraw: Collection[str] = ()
+    ) -> None:
+        self.plan = plan_rebuild(run, withdraw)
         check_base(run, base)
         config = EditConfig.from_json(run.run["config"])
         self.editor = Editor(base, config, extra_pool=extra_pool, texts=True)
         if self.editor.pool.digest != run.run["pool"]:
             raise InputError(f"{run.path} was learned with another pool.", hint="Give that one with --pool.")
         self.editor.gate = run.gate()
+        self.run = run.withdraw(withdraw) if withdraw else run
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yields the edits learned so far and their total; a shard is in its place when the next one begins."""
