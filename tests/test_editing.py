@@ -28,7 +28,7 @@ from wisecli.memory.shard import RunFolder
 from wisecli.models.base import Base, load_base
 from wisecli.models.prompts import PromptEncoder
 from wisecli.models.site import find_site
-from wisecli.models.upper import UpperModel
+from wisecli.models.upper import StackedRows, UpperModel
 from wisecli.routing.attach import attach
 
 COUNTRIES = ("France", "Spain", "Italy", "Norway", "Kenya", "Peru")
@@ -200,8 +200,9 @@ def test_a_replaced_edit_is_learned_and_the_others_stay(upper: UpperModel) -> No
     assert learner.outcomes()[1].took
     for edit, holds in ((captured[0], True), (captured[1], False), (other, True), (captured[2], True)):
         with torch.no_grad():
-            logits, targets = upper.logits(edit.rows[:1], learner.result())
-        assert bool((logits.argmax(-1) == targets).all()) == holds, edit.record
+            bare = StackedRows.of(edit.rows[:1])
+            logits = upper.logits(bare, learner.result())
+        assert bool((logits.argmax(-1) == bare.targets).all()) == holds, edit.record
 
 
 class TestOpenShard:

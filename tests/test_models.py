@@ -21,7 +21,7 @@ from wisecli.errors import InputError, ModelError, UsageError
 from wisecli.models.base import fingerprint, load_base, matches
 from wisecli.models.prompts import ContentRule, PromptEncoder, Row, last_content
 from wisecli.models.site import EditSite, auto_layer, find_site
-from wisecli.models.upper import UpperModel
+from wisecli.models.upper import StackedRows, UpperModel
 
 TEXTS = [("the capital of France is", " Paris"), ("hello", " world hello world"), ("what who where", " when?")]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -165,11 +165,12 @@ def test_replayed_logits_and_gradient_are_the_whole_models(
     captured = upper.capture(rows)
     delta = None if scale is None else random_delta((site.d_out, site.d_in), scale=scale)
     if delta is None:
-        want, got = full_logits(model, site, encoder, rows, None), upper.logits(captured, None)[0]
+        want, got = full_logits(model, site, encoder, rows, None), upper.logits(StackedRows.of(captured), None)
         return close(got, want, exact=not upper.additive)
     one, two = delta.clone().requires_grad_(), delta.clone().requires_grad_()
     want = full_logits(model, site, encoder, rows, one)
-    got, targets = upper.logits(captured, two)
+    stacked = StackedRows.of(captured)
+    got, targets = upper.logits(stacked, two), stacked.targets
     assert targets.tolist() == [t for r in rows for t in r.target]
     loss_of(want, targets).backward()
     loss_of(got, targets).backward()
@@ -216,7 +217,7 @@ def test_the_model_is_restored_also_after_an_exception(tiny_model: Any, encoder:
     before = state_of(model)
     site = find_site(model, layer)
     upper = UpperModel(model, site, encoder)
-    captured = upper.capture(rows_of(encoder))
+    captured = StackedRows.of(upper.capture(rows_of(encoder)))
     upper.logits(captured, torch.zeros(site.d_out, site.d_in))
     assert state_of(model) == before
 
@@ -245,11 +246,32 @@ def test_a_forward_someone_else_put_on_a_layer_survives(tiny_model: Any, encoder
         layer.forward = lambda *a, _i=i, _old=layer.forward, **k: (calls.append(_i), _old(*a, **k))[1]
     kept = [model.model.layers[i].__dict__["forward"] for i in (1, 3)]
     upper = UpperModel(model, find_site(model), encoder)
-    captured = upper.capture(rows_of(encoder))
+    captured = StackedRows.of(upper.capture(rows_of(encoder)))
     calls.clear()
     upper.logits(captured, None)
     assert calls == [3]
     assert [model.model.layers[i].__dict__["forward"] for i in (1, 3)] == kept
+
+
+def test_the_last_ffn_sees_nothing_but_the_positions_that_predict(tiny_model: Any, encoder: Any) -> None:
+    model = tiny_model("llama")
+    upper = UpperModel(model, find_site(model), encoder)
+    rows = rows_of(encoder)
+    seen: list[int] = []
+    handle = upper.layers[-1].mlp.down_proj.register_forward_hook(lambda m, a, y: seen.append(y[..., 0].numel()))
+    upper.logits(StackedRows.of(upper.capture(rows)), None)
+    handle.remove()
+    assert seen == [sum(len(r.target) for r in rows)]
+
+
+def test_a_last_ffn_that_mixes_positions_runs_on_all_of_them(tiny_model: Any, encoder: Any) -> None:
+    model = tiny_model("llama", fresh=True)
+    model.model.layers[-1].mlp.register_forward_pre_hook(lambda m, args: (args[0] + args[0].roll(1, -2),))
+    site = find_site(model)
+    upper = UpperModel(model, site, encoder)
+    rows = rows_of(encoder)
+    got = upper.logits(StackedRows.of(upper.capture(rows)), None)
+    close(got, full_logits(model, site, encoder, rows, None), exact=False)
 
 
 def test_an_upper_part_that_cannot_be_replayed_is_refused(tiny_model: Any, encoder: Any) -> None:
@@ -266,8 +288,8 @@ def test_half_precision_replays(tiny_model: Any, encoder: Any) -> None:
     site = find_site(model)
     upper = UpperModel(model, site, encoder)
     delta = torch.zeros(site.d_out, site.d_in, requires_grad=True)  # fp32 delta on a bf16 base
-    logits, targets = upper.logits(upper.capture(rows_of(encoder)), delta)
-    loss_of(logits.float(), targets).backward()
+    rows = StackedRows.of(upper.capture(rows_of(encoder)))
+    loss_of(upper.logits(rows, delta).float(), rows.targets).backward()
     assert delta.grad.abs().max() > 0
 
 

@@ -51,7 +51,7 @@ from wisecli.memory.side_memory import MAIN_MEMORY, EditEntry, Memory, SideMemor
 from wisecli.models.base import Base, matches
 from wisecli.models.prompts import ContentRule, PromptEncoder
 from wisecli.models.site import EditSite
-from wisecli.models.upper import CapturedRow, UpperModel
+from wisecli.models.upper import CapturedRow, StackedRows, UpperModel
 from wisecli.versions import versions
 
 
@@ -301,8 +301,8 @@ def _asked_again(
     took: dict[str, bool] = {}
     for picked in batches([len(r.ids) for r in rows]):
         some = [rows[i] for i in picked]
-        logits, targets = upper.logits(some, delta)
-        right = (logits.argmax(-1) == targets).split([int((r.labels != -100).sum()) for r in some])
+        stacked = StackedRows.of(some)
+        right = (upper.logits(stacked, delta).argmax(-1) == stacked.targets).split(stacked.counts)
         took |= {captured[i].record.id: bool(x.all()) for i, x in zip(picked, right, strict=True)}
     reached = indicators_of(captured, delta)
     return tuple(

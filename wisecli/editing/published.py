@@ -21,7 +21,7 @@ from wisecli.editing.batch import CapturedEdit
 from wisecli.editing.config import EditConfig
 from wisecli.editing.margins import Margins, Replay, stack
 from wisecli.editing.rehearsal import Outcome
-from wisecli.models.upper import CapturedRow, UpperModel
+from wisecli.models.upper import CapturedRow, StackedRows, UpperModel
 
 DEFAULT_LR = 1.0
 _CLAMP = 1.0  # largest entry of the delta, as published
@@ -100,15 +100,14 @@ class Published:
 
     def _edit(self, edit: CapturedEdit, other: CapturedRow) -> int:
         optimiser = torch.optim.SGD([self.delta], lr=self.config.lr or DEFAULT_LR)
-        (a, content), outside = stack(edit.rows), stack([other])
-        counts = [int((r.labels != -100).sum()) for r in edit.rows]
+        rows, outside = StackedRows.of(edit.rows), stack([other])
         before = float("inf")
         for step in range(self.config.max_steps):
-            side = F.linear(a, self.delta)
-            logits, targets = self.upper.logits(edit.rows, self.delta, side)
-            losses = F.cross_entropy(logits.float(), targets, reduction="none")
-            per_row = torch.stack([x.mean() for x in losses.split(counts)])
-            loss = per_row.mean() + self.margins.loss(side, content, outside, self.delta)
+            side = rows.side(self.delta)
+            logits = self.upper.logits(rows, self.delta, side)
+            losses = F.cross_entropy(logits.float(), rows.targets, reduction="none")
+            per_row = torch.stack([x.mean() for x in losses.split(rows.counts)])
+            loss = per_row.mean() + self.margins.loss(side, rows.content, outside, self.delta)
             if self.replay is not None:
                 loss = loss + self.replay.loss(self.delta)
             now = float(loss.detach())
@@ -125,6 +124,7 @@ class Published:
 
     @torch.no_grad()
     def _outcome(self, edit: CapturedEdit, steps: int) -> Outcome:
-        logits, targets = self.upper.logits(edit.rows[:1], self.delta)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        return Outcome(bool((logits.argmax(-1) == targets).all()), steps, float(losses.max()))
+        bare = StackedRows.of(edit.rows[:1])
+        logits = self.upper.logits(bare, self.delta)
+        losses = F.cross_entropy(logits.float(), bare.targets, reduction="none")
+        return Outcome(bool((logits.argmax(-1) == bare.targets).all()), steps, float(losses.max()))

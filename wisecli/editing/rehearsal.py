@@ -27,7 +27,7 @@ from wisecli.editing.batch import CapturedEdit, batches
 from wisecli.editing.config import EditConfig
 from wisecli.editing.margins import Replay
 from wisecli.editing.rewording import Rewording
-from wisecli.models.upper import CapturedRow, UpperModel
+from wisecli.models.upper import CapturedRow, StackedRows, UpperModel
 
 DEFAULT_LR = 0.035
 MOMENTUM = 0.9
@@ -346,13 +346,13 @@ class Rehearsal:
         return out if len(out) < len(picked) else picked
 
     def _step(self, picked: list[int]) -> None:
-        rows = [self._dropped(self._reworded(self.rows[i])) for i in picked]
-        logits, targets = self.upper.logits(rows, self.delta)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        self._note(picked, rows, losses.detach(), logits.detach().argmax(-1) == targets)
+        rows = self._dropped(StackedRows.of([self._reworded(self.rows[i]) for i in picked]))
+        logits = self.upper.logits(rows, self.delta)
+        losses = F.cross_entropy(logits.float(), rows.targets, reduction="none")
+        self._note(picked, rows, losses.detach(), logits.detach())
         self.optimiser.zero_grad()
         # A plain mean would move each token of a long target by next to nothing.
-        length = len(losses) / len(rows)
+        length = len(losses) / len(picked)
         loss = losses.mean() * max(1.0, math.sqrt(length / _SHORT))
         if self.replay is not None:
             loss = loss + self.replay.loss(self.delta)
@@ -369,13 +369,13 @@ class Rehearsal:
             return row
         return self.rewording(row, self.generator)
 
-    def _dropped(self, row: CapturedRow) -> CapturedRow:
-        """The row with a random share of its activations dropped and the others scaled up, anew at every step."""
+    def _dropped(self, rows: StackedRows) -> StackedRows:
+        """The rows with a random share of their activations dropped and the others scaled up, anew at every step."""
         p = self.config.dropout
         if p == 0:
-            return row
-        keep = torch.rand(row.a.shape, generator=self.noise, device=row.a.device) >= p
-        return replace(row, a=row.a * keep / (1 - p))
+            return rows
+        keep = torch.rand(rows.a.shape, generator=self.noise, device=rows.a.device) >= p
+        return replace(rows, a=rows.a * keep / (1 - p))
 
     @torch.no_grad()
     def _sweep(self) -> None:
@@ -383,17 +383,17 @@ class Rehearsal:
         if self.seen:
             return
         for picked in batches([len(r.ids) for r in self.rows]):
-            rows = [self.rows[i] for i in picked]
-            logits, targets = self.upper.logits(rows, self.delta)
-            losses = F.cross_entropy(logits.float(), targets, reduction="none")
-            self._note(picked, rows, losses, logits.argmax(-1) == targets)
+            rows = StackedRows.of([self.rows[i] for i in picked])
+            logits = self.upper.logits(rows, self.delta)
+            self._note(picked, rows, F.cross_entropy(logits.float(), rows.targets, reduction="none"), logits)
         self.seen = True
 
-    def _note(self, picked: list[int], rows: Sequence[CapturedRow], losses: Tensor, right: Tensor) -> None:
+    def _note(self, picked: list[int], rows: StackedRows, losses: Tensor, logits: Tensor) -> None:
         """Keep, per row, its largest token loss and whether all its tokens are right."""
-        counts = [int((r.labels != -100).sum()) for r in rows]
-        self.worst[picked] = torch.stack([x.max() for x in losses.cpu().split(counts)])
-        self.right[picked] = torch.stack([x.all() for x in right.cpu().split(counts)])
+        seen = torch.stack([losses, (logits.argmax(-1) == rows.targets).to(losses.dtype)]).cpu()  # one transfer
+        worst, right = (x.split(rows.counts) for x in seen)
+        self.worst[picked] = torch.stack([x.max() for x in worst])
+        self.right[picked] = torch.stack([x.bool().all() for x in right])
         for edit in {self.owner[i] for i in picked}:
             held = (self.worst[self._span(edit)] <= self.limit).all()
             if held and self.held_at[edit].isinf():

@@ -227,11 +227,12 @@ def _led(
 ) -> list[Forced]:
     """One batch, scored."""
     batch = encoder.batch(rows, side="right").to(base.model.device)
-    wanted = batch.labels[:, 1:] != -100
+    labels = batch.labels.flatten()
+    predicted = (labels != -100).nonzero()[:, 0]  # a prompt comes first in each row: none is a row's first token
     lengths = attached.prompt_lengths(seen) if attached is not None else nullcontext()
-    with lengths, head_at(base.model, wanted):
+    with lengths, head_at(base.model, predicted - 1):
         logits = base.model(**batch.inputs, use_cache=False).logits  # [n, V]
-    gold = batch.labels[:, 1:][wanted]
+    gold = labels[predicted]
     nll = torch.nn.functional.cross_entropy(logits.float(), gold, reduction="none")
     nll = nll.nan_to_num(nan=LOSS_LIMIT).clamp(max=LOSS_LIMIT)
     counts = [len(r.target) for r in rows]
