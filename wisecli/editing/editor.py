@@ -29,7 +29,6 @@ from wisecli.editing.margins import Margins, Replay, indicators_of
 from wisecli.editing.negatives import about_edits, hard_negatives, kindred_negatives
 from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
-from wisecli.editing.rewording import Rewording
 from wisecli.errors import InputError, OutputError
 from wisecli.memory.bits import SparseDelta, draw_mask
 from wisecli.memory.keys import crowding
@@ -102,11 +101,6 @@ class Editor:
     def margins(self) -> Margins:
         """The unit of the layer's activation indicator."""
         return Margins(self.upper, self.config.margins)
-
-    @cached_property
-    def rewording(self) -> Rewording | None:
-        """How other wordings move activations; None where that is not wanted."""
-        return Rewording.measure(self.upper) if self.config.rewording else None
 
     def vectors(self, prompts: Sequence[str]) -> Tensor:
         """Vectors [n, r] (fp16) of prompts in the key space; a prompt seen before is not run again."""
@@ -239,7 +233,7 @@ class OpenShard:
         if config.schedule == "published":
             self.learner = Published(upper, self.mask, config, self.seed, editor.margins, replay)
         else:
-            self.learner = Rehearsal(upper, self.mask, config, self.seed, rewording=editor.rewording, replay=replay)
+            self.learner = Rehearsal(upper, self.mask, config, self.seed, replay=replay)
         self.records: list[EditRecord] = []
         self.captured: list[CapturedEdit] = []
         self.by: dict[str, str | None] = {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import slices
 from wisecli.editing.margins import indicators_of
 from wisecli.editing.rehearsal import Rehearsal
-from wisecli.editing.rewording import Rewording
 from wisecli.errors import BaseMismatch, InputError, UsageError
 from wisecli.memory.bits import SparseDelta
 from wisecli.memory.calibration import (
@@ -53,6 +51,8 @@ from wisecli.models.prompts import ContentRule, PromptEncoder
 from wisecli.models.site import EditSite
 from wisecli.models.upper import CapturedRow, StackedRows, UpperModel
 from wisecli.versions import versions
+
+_EVERY = 7  # one ordinary prompt in so many is asked for the statistics beside the activation router's threshold
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,6 @@ class _Job:
     config: EditConfig
     how: MergeConfig
 
-    @cached_property
-    def rewording(self) -> Rewording | None:
-        """How other wordings move the base's activations: the same for every memory, and measured once."""
-        return Rewording.measure(self.upper) if self.upper is not None and self.config.rewording else None
-
 
 @dataclass(frozen=True)
 class _Merged:
@@ -222,7 +217,7 @@ def _settle(
     rehearse = how.rehearse and disturbed and config.schedule == "rehearsal"
     captured = _capture(upper, config, entries, config.contexts if rehearse else 0)
     if captured and rehearse:
-        learner = Rehearsal(upper, merged != 0, config, config.seed, start=merged, rewording=job.rewording)
+        learner = Rehearsal(upper, merged != 0, config, config.seed, start=merged)
         took = {e.id: e.took for e in entries}
         failed = [i for i, c in enumerate(captured) if not took[c.record.id]]
         steps = sum(o.steps for o in learner.hold(captured, failed))
@@ -344,7 +339,7 @@ def _own_scores(keys: KeyStore) -> Tensor:
 @torch.no_grad()
 def _calibrate_activation(upper: UpperModel, config: EditConfig, merged: Sequence[_Merged]) -> list[Calibration | None]:
     """The activation router's threshold of each memory; None for one in which no edit took."""
-    ordinary = upper.capture([upper.encoder.prompt(p) for p in ordinary_prompts()])
+    ordinary = upper.capture([upper.encoder.prompt(p) for p in ordinary_prompts()[::_EVERY]])
     found: list[Calibration | None] = []
     for m in merged:
         prompts = [e.prompt for e in m.entries if e.took and e.prompt is not None]

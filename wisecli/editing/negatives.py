@@ -105,8 +105,12 @@ def about_edits(prompts: Sequence[str], records: Sequence[EditRecord]) -> list[i
     """Positions of the prompts that name the subject of an edit, or are an edit's own prompt."""
     names = {_bare(r.subject) for r in records if r.subject}
     own = {r.prompt.casefold() for r in records}
-    named = re.compile("|".join(rf"(?<!\w){re.escape(n)}(?!\w)" for n in sorted(names))) if names else None
-    return [i for i, p in enumerate(prompts) if p.casefold() in own or (named is not None and named.search(p))]
+    words = {n: re.compile(rf"(?<!\w){re.escape(n)}(?!\w)") for n in names}
+
+    def named(prompt: str) -> bool:
+        return any(n in prompt and words[n].search(prompt) for n in names)  # most are ruled out without the pattern
+
+    return [i for i, p in enumerate(prompts) if p.casefold() in own or named(p)]
 
 
 def _bare(subject: str) -> str:

@@ -62,7 +62,6 @@ class Rehearsal:
         config: of the run.
         seed: of minibatches and dropout.
         start: the delta to start from; zero when None.
-        rewording: how other wordings move activations; measured when None and wanted.
         replay: prompts of earlier shards on which the delta is to stay quiet, if any.
     """
 
@@ -73,12 +72,11 @@ class Rehearsal:
         config: EditConfig,
         seed: int,
         start: Tensor | None = None,
-        rewording: Rewording | None = None,
         replay: Replay | None = None,
     ) -> None:
         device = upper.site.weight(upper.model).device
         self.upper, self.config, self.replay = upper, config, replay
-        self.rewording = rewording or (Rewording.measure(upper) if config.rewording else None)
+        self.rewording = Rewording.of(upper) if config.rewording else None
         self.mask = mask.to(device, torch.float32)
         start = torch.zeros(mask.shape) if start is None else start
         self.delta = start.to(device, torch.float32).clone().requires_grad_()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from wisecli.data.pool import pool_facts
 from wisecli.models.upper import CapturedRow, UpperModel
 
 _FACTS = 400
+_MEASURED: WeakKeyDictionary[UpperModel, Rewording] = WeakKeyDictionary()
 _REACH = 0.7  # of a displacement; the rest of it belongs to the fact it was taken from
 
 
@@ -27,6 +29,13 @@ class Rewording:
     """Displacements of `a` [n, F] and of the stream [n, D] from one wording to another, per answer token predicted."""
 
     moves: Sequence[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, upper: UpperModel) -> Rewording:
+        """As measured before on the same upper part, else measured now."""
+        if upper not in _MEASURED:
+            _MEASURED[upper] = cls.measure(upper)
+        return _MEASURED[upper]
 
     @classmethod
     def measure(cls, upper: UpperModel) -> Rewording:
