@@ -48,6 +48,8 @@ class Prompts:
 
 def arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of a call by name, those of `**kwargs` among them."""
+    if not args:  # as in every step of `generate`, where binding takes longer than all else that is done here
+        return dict(kwargs)
     bound = signature.bind_partial(*args, **kwargs).arguments
     return {**bound.pop("kwargs", {}), **bound}
 

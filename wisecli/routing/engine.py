@@ -73,7 +73,10 @@ class Asked:
 
 @dataclass
 class _Call:
-    """What is known during one forward of the decoder. `routes` holds members whose decision is final."""
+    """What is known during one forward of the decoder.
+
+    `routes` holds members whose decision is final; `idle` says that all are, and that none of them answers a row.
+    """
 
     rows: int
     cache: Any = None
@@ -81,6 +84,7 @@ class _Call:
     asked: Asked = Asked({})
     ahead: bool = False
     keep: bool = True
+    idle: bool = False
     entries: dict[str, Tensor] = field(default_factory=dict)
     found: dict[int, Routes] = field(default_factory=dict)
     routes: dict[int, Routes] = field(default_factory=dict)
@@ -232,6 +236,7 @@ class OnModel:
             forced = None if self._stop.get() else self._forced(call.rows)
             if forced is not None:
                 call.routes = _fit(forced, call.rows)
+                call.idle = _nobody(call.routes)
             elif call.cache is not None and call.cache.get_seq_length() > 0:
                 self._continue(call)
             else:
@@ -255,6 +260,8 @@ class OnModel:
                 hint="Start from the prompt with an empty cache.",
             )
         call.routes = _fit(known, call.rows)
+        call.idle = _nobody(call.routes)
+        call.keep = any(call.routes[key] is not routes for key, routes in known.items())
 
     def _start(self, call: _Call, bound: dict[str, Any]) -> None:
         """Make ready for the decisions about new prompts, or take them ahead where one depends on a later layer."""
@@ -282,7 +289,7 @@ class OnModel:
 
     def _project(self, path: str, module: Any, args: Any, y: Tensor) -> Tensor | None:
         call = self._call.get()
-        if call is None:
+        if call is None or call.idle:
             return None
         here = [m for m in tuple(self._members.values()) if m.site.path == path]
         for member in here:
@@ -295,12 +302,13 @@ class OnModel:
             routes = call.routes.get(member.key)
             if routes is None or not routes.rows:
                 continue
-            out = y.clone() if out is None else out
             a = args[0].view(len(routes), -1, args[0].shape[-1])
-            flat = out.view(*a.shape[:2], -1)
             for j, rows in routes.rows.items():
                 delta = member.deltas[j]
-                flat[rows] += F.linear(a[rows].to(delta.dtype), delta).to(y.dtype)
+                if len(rows) == len(routes):  # one memory answers all: nothing to pick out
+                    return y + F.linear(a.to(delta.dtype), delta).to(y.dtype).view_as(y)
+                out = y.clone() if out is None else out
+                out.view(*a.shape[:2], -1)[rows] += F.linear(a[rows].to(delta.dtype), delta).to(y.dtype)
         return out
 
     def _decide(self, call: _Call, path: str, here: Sequence[Member], a: Tensor) -> None:
@@ -368,6 +376,11 @@ def _without_cache(bound: Mapping[str, Any], width: int) -> dict[str, Any]:
     dropped = ("past_key_values", "use_cache", "cache_position")
     kept = {k: v for k, v in bound.items() if k not in dropped}
     return {**kept, "attention_mask": cut(kept.get("attention_mask")), "use_cache": False}
+
+
+def _nobody(routes: Mapping[int, Routes]) -> bool:
+    """Whether main memory answers every row."""
+    return not any(r.rows for r in routes.values())
 
 
 def _fit(known: Mapping[int, Routes], rows: int) -> dict[int, Routes]:

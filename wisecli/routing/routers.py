@@ -45,8 +45,12 @@ class Routes:
 
     @classmethod
     def of(cls, memory: Tensor, indicator: Tensor, epsilon: Tensor, edit: Tensor) -> Routes:
-        used = [int(j) for j in memory.unique().tolist() if j != MAIN]
-        return cls(memory, indicator, epsilon, edit, {j: (memory == j).nonzero()[:, 0] for j in used})
+        rows: dict[int, list[int]] = {}
+        for i, j in enumerate(memory.tolist()):
+            if j != MAIN:
+                rows.setdefault(j, []).append(i)
+        used = {j: torch.tensor(rows[j], device=memory.device) for j in sorted(rows)}
+        return cls(memory, indicator, epsilon, edit, used)
 
     @classmethod
     def forced(cls, memory: Tensor) -> Routes:
