@@ -27,7 +27,7 @@ import torch
 
 from wisecli.data.records import EditRecord
 from wisecli.data.stream import EditStream, read_edits
-from wisecli.editing.config import EditConfig
+from wisecli.editing.config import EditConfig, shards_for
 from wisecli.editing.editor import Editor
 from wisecli.editing.merge import merge_shards
 from wisecli.evaluation.evaluate import EvalOptions, EvalReport, evaluate
@@ -143,7 +143,7 @@ def run(case: Mapping[str, Any], stream: EditStream, args: argparse.Namespace) -
     base = load_base(args.base, device="cpu")
     if "scale" in case:
         rescale(base, case["scale"])
-    config = EditConfig(seed=case["seed"])
+    config = EditConfig(seed=case["seed"], shards=shards_for(len(stream)))
     side_memory, spent = learn(base, stream, config)
     took = sum(e.took for e in side_memory.edits)
     about = {**case, "base": base.name if args.base is None else args.base.name, "took": took, **spent}

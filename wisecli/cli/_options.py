@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from wisecli.memory.side_memory import SideMemory
     from wisecli.models.base import Base
 
-_SHARDS = 2
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path of what was made.")]
@@ -140,14 +139,14 @@ def edit_config(
     """The config of a run, with what the stream and the base decide where nothing was said.
 
     Args:
-        shards: None for two, or one for a single edit.
+        shards: None for `shards_for` of the stream.
         chat: None for the chat template where the base has one.
         settings: other fields of `EditConfig`.
     """
-    from wisecli.editing.config import EditConfig
+    from wisecli.editing.config import EditConfig, shards_for
 
     return EditConfig(
-        shards=shards if shards is not None else min(_SHARDS, len(stream)),
+        shards=shards if shards is not None else shards_for(len(stream)),
         chat=bool(getattr(base.tokenizer, "chat_template", None)) if chat is None else chat,
         **settings,
     )

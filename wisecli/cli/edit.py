@@ -33,8 +33,8 @@ def edit(
         str | None,
         typer.Option(
             metavar="N|FOLDER",
-            help="Slices of the stream, each with its own mask (default: 2, or 1 for a single edit); or the folder of "
-            "an earlier run to add the stream to, with that run's settings.",
+            help="Slices of the stream, each with its own mask (default: one for every 50 edits, at least 2); or the "
+            "folder of an earlier run to add the stream to, with that run's settings.",
         ),
     ] = None,
     shard: Annotated[

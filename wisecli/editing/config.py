@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,16 @@ from wisecli.data.pool import contexts
 from wisecli.errors import UsageError
 
 SCHEDULES = ("rehearsal", "published")
+_PER_SHARD = 50
+
+
+def shards_for(edits: int) -> int:
+    """The default number of shards of a stream: so many that none is large, two at least, each with an edit.
+
+    A large shard rehearses more rows for every edit that arrives, and its edits carry over less well to other wordings
+    than those of several small ones, merged.
+    """
+    return min(edits, max(2, math.ceil(edits / _PER_SHARD)))
 
 
 @dataclass(frozen=True)
