@@ -27,7 +27,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from wisecli.evaluation.environment import _cpu
+from wisecli.evaluation.environment import cpu_name
 from wisecli.versions import versions
 
 HERE = Path(__file__).parent
@@ -170,7 +170,7 @@ def machine() -> dict[str, Any]:
         **versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -192,23 +192,25 @@ def minimum_flops(base: Base, record: EditRecord, reference: Reference) -> int:
     """What learning one edit needs at least on a Llama.
 
     The layers up to the edited one once over the rows and the irrelevant prompt; per step, a delta^T over all of them
-    and its gradient, the layers above over the rows and the gradient of their inputs, and the head at label positions,
-    forward and backward. Rows are not padded; attention counts all pairs of tokens, as its kernels are counted.
+    and its gradient, the layers above over the rows and the gradient of their inputs, and the head, forward and
+    backward. The head, and of the last layer all but its keys and values, count at label positions only. Rows are not
+    padded; attention counts all pairs of tokens, as its kernels are counted.
     """
     c, layer = base.model.config, find_site(base.model).layer
     rows = edit_rows(reference.encoder, record, reference.config.contexts, reference.config.seed)
-    lengths, labels = [len(r) for r in rows], sum(len(r.target) for r in rows)
+    labels = sum(len(r.target) for r in rows)
     other = len(reference.pool[0])
     heads = c.num_attention_heads * c.head_dim
-    linear = c.hidden_size * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
-    pairs = sum(n * n for n in lengths)
-    tokens = sum(lengths)
-    above = c.num_hidden_layers - layer - 1
+    keys = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    others = c.hidden_size * (2 * heads + 3 * c.intermediate_size)
+    linear = keys + others
+    tokens, pairs = sum(len(r) for r in rows), sum(len(r) ** 2 for r in rows)
     frozen = (layer + 1) * (linear * (tokens + other) + 2 * heads * (pairs + other * other))
     projection = 2 * c.hidden_size * c.intermediate_size * (tokens + other)
-    upper = above * (2 * linear * tokens + 6 * heads * pairs)
+    between = (c.num_hidden_layers - layer - 2) * (2 * linear * tokens + 6 * heads * pairs)
+    last = 2 * (keys * tokens + others * labels) + 6 * heads * sum(len(r.target) * len(r) for r in rows)
     head = 2 * c.hidden_size * c.vocab_size * labels
-    return 2 * (frozen + reference.config.max_steps * (projection + upper + head))
+    return 2 * (frozen + reference.config.max_steps * (projection + between + last + head))
 
 
 def _setup_seconds(make: Callable[[], Any]) -> float:

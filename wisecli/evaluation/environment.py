@@ -72,7 +72,7 @@ def environment(base: Base) -> dict[str, Any]:
         **versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
@@ -96,7 +96,7 @@ def _resident() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     """The processor's name where the system tells it, with the number of cores at hand."""
     name = platform.processor() or platform.machine()
     try:
