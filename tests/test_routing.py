@@ -636,9 +636,7 @@ def test_a_trainer_evaluates_what_the_attached_model_computes(llama: Scene, tmp_
 
     rows = [{k: v[0] for k, v in llama.alone(i).items()} for i in range(len(PROMPTS))]
     data = [{**row, "labels": row["input_ids"]} for row in rows]
-    args = TrainingArguments(
-        str(tmp_path), per_device_eval_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True
-    )
+    args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True)
     keys = set(llama.model.state_dict())
 
     def losses() -> list[float]:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from wisecli.memory.side_memory import SideMemory
     from wisecli.models.base import Base
 
-_SHARDS = 2
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path of what was made.")]
@@ -137,20 +136,10 @@ def read_side_memory(sink: Output, given: Path) -> tuple[Path, SideMemory]:
 def edit_config(
     stream: EditStream, base: Base, *, shards: int | None, chat: bool | None = None, **settings: Any
 ) -> EditConfig:
-    """The config of a run, with what the stream and the base decide where nothing was said.
-
-    Args:
-        shards: None for two, or one for a single edit.
-        chat: None for the chat template where the base has one.
-        settings: other fields of `EditConfig`.
-    """
+    """See `EditConfig.for_stream`; nothing heavy is imported before it is called."""
     from wisecli.editing.config import EditConfig
 
-    return EditConfig(
-        shards=shards if shards is not None else min(_SHARDS, len(stream)),
-        chat=bool(getattr(base.tokenizer, "chat_template", None)) if chat is None else chat,
-        **settings,
-    )
+    return EditConfig.for_stream(len(stream), base.tokenizer, shards=shards, chat=chat, **settings)
 
 
 def run_settings(ctx: typer.Context, path: Path | None, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -81,6 +81,25 @@ class EditConfig:
         if self.lr is not None and self.lr <= 0:
             raise UsageError(f"--lr must be positive, not {self.lr}.")
 
+    @classmethod
+    def for_stream(
+        cls, edits: int, tokenizer: Any, *, shards: int | None = None, chat: bool | None = None, **settings: Any
+    ) -> EditConfig:
+        """The config of a run, with what the stream and the base decide where nothing was said.
+
+        Args:
+            edits: of the stream.
+            tokenizer: of the base.
+            shards: None for two, or one for a single edit.
+            chat: None for the chat template where the base has one.
+            settings: other fields.
+        """
+        return cls(
+            shards=shards if shards is not None else max(1, min(cls.shards, edits)),
+            chat=bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat,
+            **settings,
+        )
+
     def mask_seed(self, shard: int) -> int:
         """Seed of a shard's mask: distinct per shard, fixed by the run's seed."""
         return self.seed * 100_003 + shard
