@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wisecli.editing.config import EditConfig
     from wisecli.editing.merge import merge_run
     from wisecli.editing.run import EditRun
-    from wisecli.evaluation.evaluate import EvalOptions
+    from wisecli.evaluation.evaluate import EvalOptions, EvalReport
     from wisecli.memory.shard import RunFolder
     from wisecli.memory.side_memory import SideMemory
     from wisecli.models.base import Base, load_base
@@ -39,6 +39,7 @@ _HOME = {
     "EditRun": "wisecli.editing.run",
     "EditStream": "wisecli.data.stream",
     "EvalOptions": "wisecli.evaluation.evaluate",
+    "EvalReport": "wisecli.evaluation.evaluate",
     "Explanation": "wisecli.routing.explain",
     "Probe": "wisecli.data.records",
     "RunFolder": "wisecli.memory.shard",
@@ -63,6 +64,7 @@ __all__ = [
     "EditRun",
     "EditStream",
     "EvalOptions",
+    "EvalReport",
     "Explanation",
     "Probe",
     "RunFolder",
