@@ -64,15 +64,17 @@ class OnBase(Protocol[P, R]):
 
 def _on_base(function: Callable[Concatenate[Base, P], R]) -> OnBase[P, R]:
     @functools.wraps(function)
-    def on(model: Any, /, *args: Any, **kwargs: Any) -> Any:
-        base, rest = (model, args) if isinstance(model, Base) else (_base_of(model, *args[:1]), args[1:])
+    def on(*args: Any, **kwargs: Any) -> Any:
+        given = [*(kwargs.pop(name) for name in ("base", "model", "tokenizer") if name in kwargs), *args]
+        first = given.pop(0) if given else None
+        base = first if isinstance(first, Base) else _base_of(first, given.pop(0) if given else None)
         if carries_side_memory(base.model):
             raise UsageError(
                 f"wisecli.{function.__name__} is of the untouched base, and this model carries a side memory.",
                 hint="Detach it first.",
             )
         with borrowed(base.model):
-            return function(base, *rest, **kwargs)
+            return function(base, *given, **kwargs)
 
     return on
 
