@@ -131,6 +131,15 @@ def test_the_loss_is_that_of_the_whole_matrix_at_once(sd: float, dtype: str) -> 
     assert found.vanished == pytest.approx(float((left[delta != 0] == 0).double().mean()), rel=1e-12)
 
 
+def test_a_dtype_that_the_matrix_does_not_fit_has_no_loss(made: Made, tiny_model: Any, tmp_path: Path) -> None:
+    shared, sm = made()
+    model = tiny_model("llama", fresh=True)
+    sm.site.module(model).weight[0, 0] = 1e6
+    result = wisecli.fold(Base(model, shared.tokenizer, "large"), sm, tmp_path / "folded", allow_other_base=True)
+    assert list(result.losses) == ["float32", "bfloat16"]
+    assert "| float16 |" not in (tmp_path / "folded" / "README.md").read_text()
+
+
 def test_nothing_is_lost_of_an_empty_delta() -> None:
     found = loss_of(torch.randn(8, 16), SparseDelta.pack(torch.zeros(8, 16)), torch.bfloat16)
     assert (found.error, found.vanished) == (0.0, 0.0)
@@ -190,7 +199,7 @@ def test_bases_that_cannot_be_folded_into_are_refused(made: Made, tiny_model: An
         wisecli.fold(Base(packed, base.tokenizer, "packed"), sm, out)
     large = tiny_model("llama", fresh=True)
     large.lm_head.weight[0, 0] = 1e6
-    with pytest.raises(ModelError, match="beyond float16"):
+    with pytest.raises(ModelError, match="do not fit"):
         wisecli.fold(Base(large, base.tokenizer, "large"), sm, out, dtype="float16")
     with pytest.raises(UsageError, match="int8"):
         wisecli.fold(base, sm, out, dtype="int8")

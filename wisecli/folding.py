@@ -21,7 +21,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ class Folded:
         base: name of the base, with its commit.
         memory: which memory of the side memory was folded in.
         dtype: of all its weights.
-        losses: by dtype; loading the checkpoint in another one loses as much as writing it so.
+        losses: by dtype that the matrix fits into; loading the checkpoint in one loses as much as writing it so.
         edits: ids of the edits that the memory holds.
         files: name -> {"bytes", "sha256"}, the manifest apart.
     """
@@ -91,7 +91,7 @@ class Folded:
     @property
     def lossy(self) -> bool:
         """Whether more of the delta is lost than `MOST_LOST`."""
-        return not self.loss.error <= MOST_LOST
+        return self.loss.error > MOST_LOST
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -136,6 +136,7 @@ def fold_side_memory(
     delta, weight = sm.memories[index].delta, sm.site.weight(base.model)
     state = _state(base.model, sm.site, delta, DTYPES[name])
     losses = {each: loss_of(weight, delta, wanted) for each, wanted in DTYPES.items()}
+    losses = {each: loss for each, loss in losses.items() if isfinite(loss.error)}
     edits = tuple(e.id for e in sm.edits if e.memory == index)
     card = render_fold_card(sm, index, name, {k: asdict(v) for k, v in losses.items()}, MOST_LOST)
     with _folder(out) as partial:
@@ -250,8 +251,8 @@ def _state(model: PreTrainedModel, site: EditSite, delta: SparseDelta, dtype: to
             dense = delta.dense()
             t = t.cpu().float() + (dense.T if site.conv1d else dense)
         cast = t.to("cpu", dtype) if t.is_floating_point() else t.cpu()
-        if dtype is torch.float16 and t.isfinite().all() and not cast.isfinite().all():
-            raise ModelError(f"{names[0]} holds numbers beyond float16.", hint="Use --dtype bfloat16 or float32.")
+        if cast.dtype != t.dtype and t.isfinite().all() and not cast.isfinite().all():
+            raise ModelError(f"{names[0]} holds numbers that do not fit {dtype}.", hint="Use --dtype float32.")
         out |= dict.fromkeys(names, cast)
     return {name: out[name] for name in state}
 

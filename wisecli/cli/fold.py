@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def fold(
-    side_memory: opt.SideMemoryFile = Path("sm.safetensors"),
+    side_memory: Annotated[
+        Path,
+        typer.Option("--side-memory", "-s", metavar="FILE", help="Side memory file, packaged folder, or hub id."),
+    ] = Path("sm.safetensors"),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("folded"),
     dtype: Annotated[
         str,
@@ -43,12 +46,9 @@ def fold(
     """
     sink = Output(json, quiet)
     with sink.running():
-        from wisecli.errors import UsageError
         from wisecli.folding import check_fold, fold_side_memory
         from wisecli.models.base import STORED
 
-        if side_memory is None:
-            raise UsageError("There is no side memory to fold.", hint="Give one with --side-memory.")
         named, sm = opt.read_side_memory(sink, side_memory)
         index = check_fold(sm, out, memory, force)
         if lora:
@@ -67,8 +67,8 @@ def _refuse_lora(sm: SideMemory, memory: int) -> None:
 
     held = share_of_rank(sm.memories[memory].delta.dense())
     raise UsageError(
-        f"A side memory is no LoRA adapter: its delta has full rank, and the best of rank {RANK} holds {held:.0%} of "
-        "its energy.",
+        f"A side memory is no LoRA adapter: its delta is sparse, not of low rank, and of this one the best adapter of "
+        f"rank {RANK} would hold {held:.0%} of the energy.",
         hint="Leave --lora out for a dense checkpoint, or attach the side memory.",
     )
 
