@@ -51,6 +51,7 @@ lifelong: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/fold.py --edits 100
 	$(BIN)/python benchmarks/router.py --edits 100 --seed 8 --generate
 
 # Tens of minutes of one thread: how fast everything is, as ratios measured in one run.

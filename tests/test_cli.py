@@ -78,6 +78,7 @@ COMMANDS = (
     "forget",
     "package",
     "pull",
+    "fold",
     "eval",
     "report",
     "compare",

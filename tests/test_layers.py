@@ -21,7 +21,8 @@ STAGES = [
     ("inspection",),
     ("report", "harness"),
     ("card", "chat"),
-    ("packaging",),
+    ("packaging", "folding"),
+    ("api",),
     ("cli",),
     ("__main__",),
 ]

@@ -158,7 +158,7 @@ def llama(request: pytest.FixtureRequest, build_scene: Any) -> Iterator[Scene]:
 
 
 def untouched(model: nn.Module) -> bool:
-    return "generate" not in model.__dict__ and not any(
+    return not {"generate", "__deepcopy__"} & model.__dict__.keys() and not any(
         m._forward_hooks or m._forward_pre_hooks or m._forward_hooks_always_called for m in model.modules()
     )
 
@@ -548,16 +548,109 @@ def test_the_projection_called_by_itself_stays_main(llama: Scene, fails: bool) -
         assert torch.equal(projection(x), want)
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["oldest first", "newest first"])
-def test_two_attachments_come_off_in_any_order(llama: Scene, first: int) -> None:
-    base = llama.generate()
-    both = [attach(llama.model, llama.memory) for _ in range(2)]
-    both[first].detach()
-    with both[1 - first].override(None):
-        assert torch.equal(llama.generate(), base)
-    both[1 - first].detach()
+def test_a_second_attachment_is_refused_and_disturbs_nothing(llama: Scene, make_side_memory: Any) -> None:
+    base, side = llama.references(lambda: llama.generate())
+    other = make_side_memory(llama.model, PROMPTS[1:2])
+    with attach(llama.model, llama.memory):
+        for again in (llama.memory, other):
+            with pytest.raises(UsageError, match="already") as e:
+                attach(llama.model, again)
+            assert "SideMemories" in str(e.value.hint)
+        llama.expect(llama.generate(), base, side)
     assert untouched(llama.model)
-    assert torch.equal(llama.generate(), base)
+    with attach(llama.model, llama.memory):
+        llama.expect(llama.generate(), base, side)
+
+
+def test_a_model_in_training_mode_is_refused(build_scene: Any) -> None:
+    scene = build_scene("gpt2", "key")  # it has dropout
+    base, side = scene.references(lambda: scene.generate())
+    with attach(scene.model, scene.memory):
+        scene.model.train()
+        try:
+            with pytest.raises(RoutingError, match="training mode"):
+                scene.model(**scene.alone(0))
+        finally:
+            scene.model.eval()
+        scene.expect(scene.generate(), base, side)
+    assert untouched(scene.model)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_mode_of_gradients_does_not_matter(either: Scene, mode: Any) -> None:
+    base, side = either.references(lambda: either.generate())
+    with mode(), attach(either.model, either.memory):
+        either.expect(either.generate(), base, side)
+        logits = either.model(either.ids, attention_mask=either.mask).logits
+    with attach(either.model, either.memory), torch.no_grad():
+        assert torch.equal(either.model(either.ids, attention_mask=either.mask).logits, logits)
+
+
+def test_sampling_draws_what_base_and_folded_model_would(llama: Scene) -> None:
+    def sampled() -> Tensor:
+        torch.manual_seed(5)
+        return llama.generate(do_sample=True, temperature=1.5, num_return_sequences=2)
+
+    base, side = llama.references(sampled)
+    with attach(llama.model, llama.memory):
+        llama.expect(sampled(), base, side, per=2)
+
+
+# -- copies and other users of the model -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["model", "within another module", "decoder"])
+def test_a_copy_is_the_plain_base_and_reaches_nothing_of_the_original(llama: Scene, part: str) -> None:
+    model = llama.model
+    base, side = llama.references(lambda: llama.generate())
+    with attach(model, llama.memory) as on:
+        llama.generate()
+        routes = on.last
+        if part == "model":
+            twin = copy.deepcopy(model)
+        elif part == "decoder":
+            twin = copy.deepcopy(model)
+            twin.model = copy.deepcopy(model.model)
+        else:
+            twin = copy.deepcopy(nn.ModuleList([model]))[0]
+        assert part == "decoder" or untouched(twin)
+        assert twin is not model
+        assert twin.model.layers[2].mlp.down_proj is not model.model.layers[2].mlp.down_proj
+        assert torch.equal(twin.generate(llama.ids, attention_mask=llama.mask, **GREEDY), base)
+        assert on.last is routes
+        twin.model.layers[2].mlp.down_proj.weight.zero_()  # and its weights are its own
+        llama.expect(llama.generate(), base, side)
+    if part == "decoder":
+        return
+    twin.load_state_dict(model.state_dict())
+    with attach(twin, llama.memory) as mine:  # a copy can be attached to by itself
+        llama.expect(twin.generate(llama.ids, attention_mask=llama.mask, **GREEDY), base, side)
+        assert mine.last is not None
+        assert torch.equal(llama.generate(), base)
+    assert untouched(twin)
+
+
+def test_a_trainer_evaluates_what_the_attached_model_computes(llama: Scene, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{k: v[0] for k, v in llama.alone(i).items()} for i in range(len(PROMPTS))]
+    data = [{**row, "labels": row["input_ids"]} for row in rows]
+    args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    keys = set(llama.model.state_dict())
+
+    def losses() -> list[float]:
+        with torch.no_grad():
+            return [float(llama.model(**{k: v[None] for k, v in row.items()}).loss) for row in data]
+
+    plain = losses()
+    with attach(llama.model, llama.memory):
+        want = losses()
+        got = Trainer(llama.model, args, eval_dataset=data).evaluate()["eval_loss"]
+        assert set(llama.model.state_dict()) == keys
+    assert got == pytest.approx(sum(want) / len(want), rel=1e-5)
+    assert [a != b for a, b in zip(want, plain, strict=True)] == llama.routed.tolist()
+    llama.model.__dict__.pop("forward", None)  # accelerate leaves its own on a model that it has prepared
 
 
 def test_a_generate_of_someone_elses_is_put_back(tiny_model: Any, build_scene: Any) -> None:
@@ -575,7 +668,9 @@ def test_saving_while_attached_saves_the_untouched_base(either: Scene, tmp_path:
     base = either.generate()
     with attach(either.model, either.memory):
         either.generate()
+        keys = list(either.model.state_dict())
         either.model.save_pretrained(tmp_path)
+    assert keys == list(either.model.state_dict())
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
     want = either.model.state_dict()
     assert back.state_dict().keys() == want.keys()
@@ -761,8 +856,9 @@ def test_the_delta_follows_a_model_that_is_cast(tiny_model: Any, build_scene: An
             cast = model.generate(scene.ids, attention_mask=scene.mask, **TRACED)
             assert [d.dtype for d in on.deltas] == [torch.bfloat16]
             assert (on.last.memory != MAIN).any()
-            with attach(model, scene.memory, allow_other_base=True), on.override(None):
-                anew = model.generate(scene.ids, attention_mask=scene.mask, **TRACED)
+            twin = copy.deepcopy(model)
+            with attach(twin, scene.memory, allow_other_base=True):
+                anew = twin.generate(scene.ids, attention_mask=scene.mask, **TRACED)
             assert all(torch.equal(a, b) for a, b in zip(cast.logits, anew.logits, strict=True))
             model.to(torch.float32)
             model.generate(scene.ids, attention_mask=scene.mask, **GREEDY)

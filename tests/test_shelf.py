@@ -292,14 +292,33 @@ def test_switching_at_run_time(llama: Scene, tmp_path: Any) -> None:
         assert shelf["a"] is llama.memories["b"]
 
 
-def test_beside_an_attachment_it_comes_off_in_any_order(llama: Scene) -> None:
-    for first in (0, 1):
-        on, shelf = attach(llama.model, llama.memories["a"]), llama.shelf("b")
-        shelf.use("b")
-        (on.detach, shelf.detach)[first]()
-        llama.expect(llama.generate(), STACKS[2 - first][1])
-        (on.detach, shelf.detach)[1 - first]()
-        assert untouched(llama.model)
+def test_beside_an_attachment_or_another_shelf_nothing_can_be_loaded(llama: Scene) -> None:
+    """Two that know nothing of each other could both answer a row."""
+    a, b = llama.memories["a"], llama.memories["b"]
+    with wisecli.attach(llama.model, a):
+        shelf = SideMemories(llama.model)
+        with pytest.raises(UsageError, match="already"):
+            shelf.load("b", b)
+        assert shelf.names == ()
+        llama.expect(llama.generate(), STACKS[1][1])
+    shelf.load("b", b)
+    shelf.use("b")
+    for other in (lambda: wisecli.attach(llama.model, a), lambda: SideMemories(llama.model).load("a", a)):
+        with pytest.raises(UsageError, match="already"):
+            other()
+        llama.expect(llama.generate(), STACKS[2][1])
+    shelf.detach()
+    assert untouched(llama.model)
+
+
+def test_a_copy_of_the_model_is_the_plain_base(llama: Scene) -> None:
+    with llama.shelf() as shelf:
+        shelf.use("a", "c")
+        twin = copy.deepcopy(llama.model)
+        assert untouched(twin)
+        llama.expect(twin.generate(llama.ids, attention_mask=llama.mask, **GREEDY), [None] * 4)
+        assert shelf.last is None
+        llama.expect(llama.generate(), STACKS[6][1])
 
 
 @pytest.mark.parametrize(

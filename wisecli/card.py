@@ -1,4 +1,6 @@
-"""The model card of a packaged side memory: metadata for a hub, and what a reader must know before using it.
+"""The model card of a packaged side memory, and that of a checkpoint it was folded into.
+
+Metadata for a hub, and what a reader must know before using it.
 
 Pure text from a side memory and its figures: no model is loaded, no file is touched, and the same input gives the same
 card. Every figure stands beside its protocol, its base and the number of prompts it was taken on.
@@ -17,6 +19,7 @@ from wisecli.memory.side_memory import EditEntry, SideMemory
 from wisecli.models.base import DEMO_BASE
 
 TAGS = ["knowledge-editing", "wise", "side-memory"]
+FOLD_TAGS = ["knowledge-editing", "wise"]
 _SCORES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "loc_near": "Loc near"}
 
 
@@ -61,7 +64,7 @@ def render_card(
 
     sections = [
         _introduction(side_memory),
-        _base(side_memory),
+        _base(side_memory, "A model in which it differs is refused."),
         _use(side_memory),
         _contents(side_memory, ledger),
         _router(side_memory),
@@ -77,6 +80,34 @@ def render_card(
     return str(card)
 
 
+def render_fold_card(
+    side_memory: SideMemory, memory: int, dtype: str, losses: Mapping[str, Mapping[str, float]], most: float
+) -> str:
+    """The card of a dense checkpoint into which one memory was folded.
+
+    Args:
+        memory: its index.
+        dtype: of the checkpoint.
+        losses: by dtype, `error` and `vanished` of `folding.Loss`.
+        most: the error beyond which a fold is warned of.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    sections = [
+        _folded(side_memory),
+        _base(side_memory, "It is the base's, without the delta."),
+        _fold_losses(dtype, losses, most),
+        _fold_use(),
+        _fold_edits(side_memory, memory),
+        _making(side_memory, ("side memory", _code(side_memory.digest))),
+    ]
+    about: dict[str, Any] = {"library_name": "transformers", "tags": FOLD_TAGS}
+    if Origin.of(side_memory) is Origin.HUB:
+        about |= {"base_model": side_memory.base["name"], "base_model_relation": "finetune"}
+    header = ModelCardData(**about).to_yaml()
+    return str(ModelCard(f"---\n{header}\n---\n\n" + "\n\n".join(sections) + "\n"))
+
+
 # -- sections ---------------------------------------------------------------------------------------------------------
 
 
@@ -89,7 +120,7 @@ def _introduction(sm: SideMemory) -> str:
     )
 
 
-def _base(sm: SideMemory) -> str:
+def _base(sm: SideMemory, note: str) -> str:
     base, site = sm.base, sm.site
     known = {
         Origin.DEMO: "the demonstration base that comes with wise",
@@ -102,8 +133,7 @@ def _base(sm: SideMemory) -> str:
     rows.append(("Edit site", f"{_code(site.path)}, layer {site.layer}, {site.d_out} x {site.d_in}"))
     for dtype, digest in sorted(base.get("fingerprint", {}).items()):
         rows.append((f"Fingerprint, {dtype}", _code(digest)))
-    note = "The fingerprint is the SHA-256 of the edited matrix. A model in which it differs is refused."
-    return f"## Base\n\n{_table(('', ''), rows)}\n\n{note}"
+    return f"## Base\n\n{_table(('', ''), rows)}\n\nThe fingerprint is the SHA-256 of the edited matrix. {note}"
 
 
 def _use(sm: SideMemory) -> str:
@@ -144,6 +174,48 @@ def _use(sm: SideMemory) -> str:
     )
 
 
+def _folded(sm: SideMemory) -> str:
+    return (
+        f"# {_base_name(sm)} with a side memory folded in\n\n"
+        "A dense checkpoint, written by `wise fold`: the base's weights, with the delta of a WISE side memory added to "
+        "one matrix. **The delta is always on.** The router that keeps prompts no edit is about with the base's own "
+        "weights is not part of a checkpoint: here they pass through the edited matrix too, and answers to them may "
+        "differ from the base's. Where that matters, attach the side memory to the base instead."
+    )
+
+
+def _fold_losses(dtype: str, losses: Mapping[str, Mapping[str, float]], most: float) -> str:
+    rows = [
+        (f"{name} (this checkpoint)" if name == dtype else name, f"{x['error']:.2g}", f"{x['vanished']:.2g}")
+        for name, x in losses.items()
+    ]
+    return (
+        "## What is left of the delta\n\n"
+        "The sum W + d was made in float32 and cast. The relative error is |cast(W + d) - cast(W) - d| / |d|; vanished "
+        "is the share of the delta's entries that change nothing.\n\n"
+        f"{_table(('dtype', 'relative error of the delta', 'vanished'), rows)}\n\n"
+        f"Loading the checkpoint in another dtype loses as much as writing it so; above {most:g} edits may be lost."
+    )
+
+
+def _fold_use() -> str:
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model, tokenizer = (c.from_pretrained("FOLDER") for c in (AutoModelForCausalLM, AutoTokenizer))',
+    ]
+    lead = "Any engine that runs the base runs this. FOLDER is where this folder lies."
+    return f"## Use\n\n{lead}\n\n{_fence('python', lines)}"
+
+
+def _fold_edits(sm: SideMemory, memory: int) -> str:
+    mine = [e for e in sm.edits if e.memory == memory]
+    texts = [["-" if text is None else _code(text) for text in (e.prompt, e.target)] for e in mine]
+    rows = [(_code(e.id), *text, outcome_of(e)) for e, text in zip(mine, texts, strict=True)]
+    others = f" Memory {memory} of {len(sm.memories)}; the others are not inside." if len(sm.memories) > 1 else ""
+    return f"## Edits\n\n{_count(len(mine), 'edit')}.{others}\n\n" + _table(("id", "prompt", "target", "outcome"), rows)
+
+
 def _contents(sm: SideMemory, ledger: bool) -> str:
     outcomes = [outcome_of(e) for e in sm.edits]
     rows = [("Edits", str(len(outcomes)))]
@@ -170,8 +242,8 @@ def _router(sm: SideMemory) -> str:
     return f"## Router\n\n{_table(('memory', 'router', 'threshold'), rows)}\n\n{note}"
 
 
-def _making(sm: SideMemory) -> str:
-    rows: list[tuple[str, str]] = [("chat template", "yes" if sm.chat else "no")]
+def _making(sm: SideMemory, *first: tuple[str, str]) -> str:
+    rows: list[tuple[str, str]] = [*first, ("chat template", "yes" if sm.chat else "no")]
     rows += [(f"config: {k}", _value(v)) for k, v in sorted(sm.config.items())]
     for i, m in enumerate(sm.memories):
         rows += [(f"memory {i}: {k}", _value(v)) for k, v in sorted(m.origin.items()) if k != "shards"]

@@ -136,20 +136,10 @@ def read_side_memory(sink: Output, given: Path) -> tuple[Path, SideMemory]:
 def edit_config(
     stream: EditStream, base: Base, *, shards: int | None, chat: bool | None = None, **settings: Any
 ) -> EditConfig:
-    """The config of a run, with what the stream and the base decide where nothing was said.
+    """See `EditConfig.for_stream`; nothing heavy is imported before it is called."""
+    from wisecli.editing.config import EditConfig
 
-    Args:
-        shards: None for `shards_for` of the stream.
-        chat: None for the chat template where the base has one.
-        settings: other fields of `EditConfig`.
-    """
-    from wisecli.editing.config import EditConfig, shards_for
-
-    return EditConfig(
-        shards=shards if shards is not None else shards_for(len(stream)),
-        chat=bool(getattr(base.tokenizer, "chat_template", None)) if chat is None else chat,
-        **settings,
-    )
+    return EditConfig.for_stream(len(stream), base.tokenizer, shards=shards, chat=chat, **settings)
 
 
 def run_settings(ctx: typer.Context, path: Path | None, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,6 +14,7 @@ from wisecli.cli.diff import diff
 from wisecli.cli.doctor import doctor
 from wisecli.cli.edit import edit
 from wisecli.cli.eval import evaluate
+from wisecli.cli.fold import fold
 from wisecli.cli.forget import forget
 from wisecli.cli.inspect import inspect
 from wisecli.cli.log import log
@@ -59,6 +60,7 @@ app.command("merge")(merge)
 app.command("forget")(forget)
 app.command("package")(package)
 app.command("pull")(pull)
+app.command("fold")(fold)
 app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("compare")(compare)

@@ -181,15 +181,13 @@ def _unit(shard: str | None, count: int | None, older: RunFolder | None, jobs: i
 def _as_before(
     ctx: typer.Context, older: RunFolder, edits: int, loading: dict[str, Any], settings: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], bool]:
-    """How to load the base and learn so many more edits as the run began; what the command line says goes before it.
+    """How to load the base and learn so many more edits as the run began; what the command line says goes before it."""
+    from wisecli.editing.run import as_before
 
-    Shards are about as large as the run's first ones.
-    """
-    run, first = older.run, older.streams[0]
+    run = older.run
     recorded = {"model": run["base"]["name"], "revision": run["base"].get("revision"), "dtype": run["base"]["dtype"]}
     loading = {k: v if _given(ctx, k) else recorded[k] for k, v in loading.items()}
-    size = first["edits"] / first["shards"]
-    known = run["config"] | {"shards": max(1, round(edits / size))}
+    known = as_before(older, edits)
     return loading, {k: settings[k] if k in settings and _given(ctx, k) else v for k, v in known.items()}, run["texts"]
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from wisecli.data.formats import NATIVE_KEYS, SCHEMA, Mapped, accepted, map_record
 from wisecli.data.records import EditRecord, ordered_ids
@@ -79,17 +80,30 @@ def read_edits(path: str | PathLike[str], limit: int | None = None) -> EditStrea
     if limit is not None and limit < 1:
         raise UsageError(f"the limit is {limit}, but must be at least 1", hint="Leave it out to read every edit.")
     path = Path(path)
-    raw = read_raw(path, limit)
+    return _stream(read_raw(path, limit), path.name)
+
+
+def edits_of(values: Iterable[EditRecord | Mapping[str, Any]]) -> EditStream:
+    """A stream of records, or of objects in any accepted format, just as a file that holds them would give.
+
+    Raises:
+        InputError: some of them cannot be used; `problems` lists every fault.
+    """
+    found = [v.to_json() if isinstance(v, EditRecord) else dict(v) if isinstance(v, Mapping) else v for v in values]
+    return _stream([RawRecord(f"edits[{i}]", v) for i, v in enumerate(found)], "the edits given")
+
+
+def _stream(raw: Sequence[RawRecord], name: str) -> EditStream:
     mapped = [Mapped("", problems=(r.problem,)) if r.problem else map_record(r.value) for r in raw]
     faults = _faults(raw, mapped)
     if faults:
-        raise _refusal(path.name, faults, len(raw))
+        raise _refusal(name, faults, len(raw))
     ids = ordered_ids(
         [m.values["id"] for m in mapped],
         [(m.values["prompt"].rstrip(), m.values["target"].strip()) for m in mapped],
     )
     records = [
-        EditRecord(**m.values | {"id": name, "source": r.where}) for r, m, name in zip(raw, mapped, ids, strict=True)
+        EditRecord(**m.values | {"id": each, "source": r.where}) for r, m, each in zip(raw, mapped, ids, strict=True)
     ]
     formats = " + ".join(dict.fromkeys(m.format for m in mapped))
     return EditStream.of(records, formats, _unknown_keys(raw, mapped))

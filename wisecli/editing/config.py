@@ -14,12 +14,12 @@ _PER_SHARD = 50
 
 
 def shards_for(edits: int) -> int:
-    """The default number of shards of a stream: so many that none is large, two at least, each with an edit.
+    """The default number of shards of a stream: so many that none is large, two at least, none empty.
 
     A large shard rehearses more rows for every edit that arrives, and its edits carry over less well to other wordings
     than those of several small ones, merged.
     """
-    return min(edits, max(2, math.ceil(edits / _PER_SHARD)))
+    return min(max(1, edits), max(2, math.ceil(edits / _PER_SHARD)))
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,25 @@ class EditConfig:
             raise UsageError(f"--rewording must lie in [0, 1], not {self.rewording}.")
         if self.lr is not None and self.lr <= 0:
             raise UsageError(f"--lr must be positive, not {self.lr}.")
+
+    @classmethod
+    def for_stream(
+        cls, edits: int, tokenizer: Any, *, shards: int | None = None, chat: bool | None = None, **settings: Any
+    ) -> EditConfig:
+        """The config of a run, with what the stream and the base decide where nothing was said.
+
+        Args:
+            edits: of the stream.
+            tokenizer: of the base.
+            shards: None for `shards_for` so many.
+            chat: None for the chat template where the base has one.
+            settings: other fields.
+        """
+        return cls(
+            shards=shards if shards is not None else shards_for(edits),
+            chat=bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat,
+            **settings,
+        )
 
     def mask_seed(self, shard: int) -> int:
         """Seed of a shard's mask: distinct per shard, fixed by the run's seed."""

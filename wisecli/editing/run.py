@@ -288,6 +288,13 @@ class EditRun:
             return folder.update(streams=[*folder.streams, {**mine, "supersedes": supersedes}])
 
 
+def as_before(run: RunFolder, edits: int) -> dict[str, Any]:
+    """The settings with which so many more edits are learned as a run began, in shards about as large as its first."""
+    first = run.streams[0]
+    size = first["edits"] / first["shards"]
+    return run.run["config"] | {"shards": max(1, round(edits / size))}
+
+
 def _differences(old: Any, new: Any, keys: Sequence[str]) -> str:
     """What differs between two descriptions of a run, in words; digests are not worth reading."""
     parts = []

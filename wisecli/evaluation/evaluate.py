@@ -8,7 +8,7 @@ the scores and counted. Evaluations that make edits themselves are in `protocols
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from pathlib import Path
@@ -300,6 +300,7 @@ def evaluate(
     *,
     chat: bool = False,
     options: EvalOptions | None = None,
+    progress: Callable[[Progress], object] | None = None,
     **attaching: Any,
 ) -> EvalReport:
     """Evaluate a side memory (object, file or folder; None for the base alone) on a stream, in one call.
@@ -307,14 +308,15 @@ def evaluate(
     Further options go to `attach`.
     """
     if side_memory is None:
-        return _run(Evaluation(base, stream, None, chat, options))
+        return _run(Evaluation(base, stream, None, chat, options), progress)
     with attach(base.model, side_memory, **attaching) as attached:
-        return _run(Evaluation(base, stream, attached, chat or attached.side_memory.chat, options))
+        return _run(Evaluation(base, stream, attached, chat or attached.side_memory.chat, options), progress)
 
 
-def _run(run: Evaluation) -> EvalReport:
-    for _ in run:
-        pass
+def _run(run: Evaluation, progress: Callable[[Progress], object] | None) -> EvalReport:
+    for step in run:
+        if progress is not None:
+            progress(step)
     if run.report is None:
         raise RuntimeError("the evaluation ended without a report")
     run.close()

@@ -84,9 +84,9 @@ class SideMemory:
     versions: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write one safetensors file; the same side memory gives the same bytes."""
-        save_tensors(path, self._tensors(), self.manifest())
+        save_tensors(Path(path), self._tensors(), self.manifest())
 
     @cached_property
     def digest(self) -> str:

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO_BASE = "wise-demo"
+UNNAMED = "unnamed"
 _DEMO_PATH = Path(__file__).resolve().parent.parent / "base"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = "stored"
 _PROVENANCE = ("architectures", "dtype", "transformers_version")  # the tensors tell their dtype
 _FINGERPRINT_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -43,6 +45,19 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Base:
+        """A model that is loaded already, under the name and the commit it was loaded by.
+
+        One that was made in memory has no name; where its edits are used on the command line, --model says it.
+        """
+        source = str(getattr(model.config, "_name_or_path", ""))
+        if not source:
+            return cls(model, tokenizer, UNNAMED)
+        local = Path(source).exists()
+        name = DEMO_BASE if local and Path(source).resolve() == _DEMO_PATH else _name_of(source)
+        return cls(model, tokenizer, name, None if local else getattr(model.config, "_commit_hash", None))
 
     @property
     def label(self) -> str:
@@ -115,7 +130,7 @@ def load_base(
     Args:
         name: a folder, a hub id, or None for the demonstration base.
         revision: hub branch, tag or commit.
-        dtype: float32, bfloat16, float16, or auto: as stored on an accelerator, float32 on the CPU, where half
+        dtype: float32, bfloat16, float16, stored, or auto: as stored on an accelerator, float32 on the CPU, where half
             precision is slow.
         device: torch device name or auto.
         trust_remote_code: run code that comes with the checkpoint.
@@ -126,7 +141,7 @@ def load_base(
     Raises:
         ModelError: nothing there, not a causal language model, weights missing or broken, or no safetensors.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
+    if dtype not in ("auto", STORED) and dtype not in _DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Use auto, {', '.join(_DTYPES)}.")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,13 +149,14 @@ def load_base(
     source = str(_DEMO_PATH) if demo else os.path.expanduser(str(name))
     _check_local(source)
     where = pick_device(device)
-    wanted: Any = _DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+    as_stored = dtype == STORED or where.type != "cpu"
+    wanted: Any = _DTYPES.get(dtype, "auto" if as_stored else torch.float32)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     placed = device_map is not None or offload_below is not None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         spread = _spread(source, common, where, device_map, offload_below)
-        with _quiet_loading():
+        with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=wanted, use_safetensors=True, output_loading_info=True, **spread, **common
             )
@@ -163,6 +179,35 @@ def load_base(
     model = (model if placed else model.to(where)).eval().requires_grad_(False)
     commit = None if demo or Path(source).exists() else getattr(model.config, "_commit_hash", None)
     return Base(model, tokenizer, DEMO_BASE if demo else _name_of(source), commit)
+
+
+@contextlib.contextmanager
+def borrowed(model: PreTrainedModel) -> Iterator[None]:
+    """Within it a model is as `load_base` gives one, whatever its owner does with it; afterwards it is as it was.
+
+    It is in evaluation mode, and no parameter of it takes gradients; those that others need can be taken, in whatever
+    gradient mode the caller is.
+
+    Raises:
+        ModelError: its weights were made in inference mode, from which no gradient comes back.
+    """
+    if any(p.is_inference() for p in model.parameters()):
+        raise ModelError(
+            "The model was loaded under torch.inference_mode.", hint="Load it outside, then nothing else changes."
+        )
+    training = [m for m in model.modules() if m.training]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            model.eval()
+            for p in trained:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for m in training:
+                m.training = True
+            for p in trained:
+                p.requires_grad_(True)
 
 
 def _spread(
@@ -200,7 +245,7 @@ def _name_of(source: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keeps transformers from drawing on stderr and accelerate from what was asked for; puts their settings back."""
     from transformers.utils import logging as transformers_logging
 

@@ -26,7 +26,7 @@ from wisecli.errors import BaseMismatch, InputError, RoutingError, UsageError
 from wisecli.hub import SIDE_MEMORY, fetch, is_hub_id
 from wisecli.memory.dense import DenseDeltas
 from wisecli.memory.side_memory import SideMemory
-from wisecli.models.base import matches
+from wisecli.models.base import Base, matches
 from wisecli.models.prompts import Batch
 from wisecli.routing.engine import Asked, Decided, Member, OnModel
 from wisecli.routing.routers import MAIN, Route, Router, Routes, Seen
@@ -138,7 +138,7 @@ class Attached(OnModel):
 
 
 def attach(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Base,
     side_memory: SideMemory | str | Path,
     *,
     router: str | None = None,
@@ -148,7 +148,7 @@ def attach(
     """Attach a side memory to a model; use as a context manager or call `.detach()`.
 
     Args:
-        model: a loaded causal language model; it is not copied and no weight of it is changed.
+        model: a loaded causal language model, or a base; it is not copied and no weight of it is changed.
         side_memory: one in memory, the path of a file or of a packaged folder, or a hub id with or without @revision.
         router: "key" or "activation" instead of the side memory's own.
         scope: "narrow", "balanced" or "wide" instead of the one the side memory was merged with (key router).
@@ -156,7 +156,9 @@ def attach(
 
     Raises:
         BaseMismatch: the model is not the base the side memory belongs to.
+        UsageError: the model carries a side memory already.
     """
+    model = model.model if isinstance(model, Base) else model
     return Attached(model, fitting_side_memory(model, side_memory, router, scope, allow_other_base), router)
 
 
@@ -172,7 +174,7 @@ def fitting_side_memory(
     Raises:
         BaseMismatch: the model is not the base it belongs to.
     """
-    sm = side_memory if isinstance(side_memory, SideMemory) else SideMemory.load(side_memory_file(Path(side_memory)))
+    sm = side_memory if isinstance(side_memory, SideMemory) else load_side_memory(side_memory)
     if scope is not None:
         sm = sm.scoped(scope, router)
     site = sm.site
@@ -192,6 +194,15 @@ def fitting_side_memory(
             hint="Give the right base with --model, or attach anyway with --allow-other-base.",
         )
     return sm
+
+
+def load_side_memory(source: str | Path) -> SideMemory:
+    """The side memory in a file, a packaged folder, or a package on the hub, named with or without @revision.
+
+    Raises:
+        InputError: there is none, it is damaged, or of a newer format.
+    """
+    return SideMemory.load(side_memory_file(source))
 
 
 def side_memory_file(source: str | Path) -> Path:

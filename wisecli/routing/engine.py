@@ -6,6 +6,10 @@ to one row. The decision is kept on the KV cache and holds until the sequence en
 of different layers, the prompt first runs up to the highest of them without any delta: each decides from what the base
 makes of the prompt, as it would alone.
 
+A model carries one such set at a time. A copy of it carries none: `copy.deepcopy` gives the plain base, whose answers
+have nothing to do with the routes of the original. A model in training mode is refused: under dropout no decision
+holds, and gradient checkpointing runs layers again outside the call for which the routes were taken.
+
 Shapes: `B` rows, `T` tokens, `F` FFN width, `D` model width.
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import functools
 import inspect
 import itertools
@@ -36,8 +41,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ON_CACHE = "_wise_routes"
-_OWNER = "_wise_attached"
 _ids = itertools.count()
+
+
+class _Hook:
+    """A hook of ours, known as such; its copy does nothing, so that no copy of a module reaches back."""
+
+    def __init__(self, act: Callable[..., Any] | None) -> None:
+        self.act = act
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if self.act is None else self.act(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None)
+
+
+def carries_side_memory(model: PreTrainedModel) -> bool:
+    """Whether side memories are on a model now."""
+    hooks = model.get_decoder()._forward_pre_hooks.values()
+    return any(isinstance(h, _Hook) and h.act is not None for h in hooks)
 
 
 class Member:
@@ -111,8 +134,8 @@ class OnModel:
         self._members: dict[int, Member] = {}
         self._handles: list[Any] = []
         self._at_site: dict[str, list[Any]] = {}
-        self._generate: Any = None
-        self._wrapped: Any = None
+        self._mine: dict[str, Any] = {}  # attributes put on the model, and what was there before
+        self._before: dict[str, Any] = {}
         self._call: ContextVar[_Call | None] = ContextVar("wise_call", default=None)
         self._ahead: ContextVar[_Call | None] = ContextVar("wise_ahead", default=None)
         self._generation: ContextVar[Generation | None] = ContextVar("wise_generation", default=None)
@@ -173,20 +196,30 @@ class OnModel:
     def _mount(self, member: Member) -> None:
         site = member.site
         if not self._members:
-            self._handles = [
-                self._decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
-                self._decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-            ]
-            self._generate = self.model.__dict__.get("generate")
-            self._wrapped = self._wrap_generate(self.model.generate)
-            self.model.generate = self._wrapped
+            self._put_on()
         if site.path not in self._at_site:
             layer = decoder_layers(self.model)[site.layer]
+            arrive, project = (_Hook(functools.partial(f, site.path)) for f in (self._arrive, self._project))
             self._at_site[site.path] = [
-                layer.register_forward_pre_hook(functools.partial(self._arrive, site.path), with_kwargs=True),
-                member.ffn.register_forward_hook(functools.partial(self._project, site.path)),
+                layer.register_forward_pre_hook(arrive, with_kwargs=True),
+                member.ffn.register_forward_hook(project),
             ]
         self._members[member.key] = member
+
+    def _put_on(self) -> None:
+        if carries_side_memory(self.model):
+            raise UsageError(
+                "This model carries a side memory already.",
+                hint="Detach it first. Several on one model are what wisecli.SideMemories is for.",
+            )
+        self._handles = [
+            self._decoder.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True),
+            self._decoder.register_forward_hook(_Hook(self._leave), with_kwargs=True, always_call=True),
+        ]
+        self._mine = {"generate": self._wrap_generate(self.model.generate), "__deepcopy__": self._plain_copy}
+        self._before = {name: self.model.__dict__.get(name) for name in self._mine}
+        for name, value in self._mine.items():
+            setattr(self.model, name, value)
 
     def _unmount(self, key: int) -> None:
         path = self._members.pop(key).site.path
@@ -198,7 +231,13 @@ class OnModel:
         for h in self._handles:
             h.remove()
         self._handles = []
-        self._unwrap_generate()
+        for name, value in self._mine.items():
+            if self.model.__dict__.get(name) is not value:
+                continue  # wrapped again since; ours inside it now only passes on
+            if self._before[name] is None:
+                del self.model.__dict__[name]
+            else:
+                setattr(self.model, name, self._before[name])
 
     def _wrap_generate(self, generate: Any) -> Any:
         @functools.wraps(generate)
@@ -209,26 +248,30 @@ class OnModel:
             finally:
                 self._generation.reset(token)
 
-        setattr(wrapped, _OWNER, self)
         return wrapped
 
-    def _unwrap_generate(self) -> None:
-        if self.model.__dict__.get("generate") is not self._wrapped:
-            return  # wrapped again since; ours inside it now only passes on
-        below = self._generate
-        while (owner := getattr(below, _OWNER, None)) is not None and not owner._is_mounted(below):
-            below = owner._generate
-        if below is None:
-            self.model.__dict__.pop("generate", None)
-        else:
-            self.model.generate = below
-
-    def _is_mounted(self, wrapped: Any) -> bool:
-        return bool(self._handles) and wrapped is self._wrapped
+    def _plain_copy(self, memo: dict[int, Any]) -> Any:
+        """A deep copy of the model with nothing of ours on it; the model itself is left alone meanwhile."""
+        model = self.model
+        new = memo[id(model)] = type(model).__new__(type(model))
+        put_back = {k: v for k, v in self._before.items() if v is not None}
+        state = {k: v for k, v in vars(model).items() if self._mine.get(k) is not v} | put_back
+        new.__dict__.update(copy.deepcopy(state, memo))
+        for module in new.modules():
+            hooks = [d for n, d in vars(module).items() if n.startswith(("_forward_hooks", "_forward_pre_hooks"))]
+            for key in {k for d in hooks for k, hook in d.items() if isinstance(hook, _Hook)}:
+                for d in hooks:
+                    d.pop(key, None)
+        return new
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def _enter(self, module: Any, args: Any, kwargs: Any) -> None:
+        if module.training:
+            raise RoutingError(
+                "The model is in training mode, in which no decision about a prompt holds.",
+                hint="Call model.eval(). To train the model, detach the side memory first.",
+            )
         call = self._ahead.get()
         if call is None:
             bound = arguments(self._signature, args, kwargs)
