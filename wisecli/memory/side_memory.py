@@ -209,6 +209,13 @@ class SideMemory:
             extra={k: v for k, v in manifest.items() if k not in known},
         )
 
+    def asked_in(self, chat: bool, rule: ContentRule) -> SideMemory:
+        """The same side memory for prompts rendered with a chat template or without, whose content a rule tells.
+
+        Where it was learned that way its own rule stays.
+        """
+        return self if chat == self.chat else replace(self, rule=rule)
+
     def scoped(self, scope: str, router: str | None = None) -> SideMemory:
         """The same side memory with the key router's thresholds of another scope, used by the router named.
 
