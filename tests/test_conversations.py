@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from wisecli.evaluation.questions import Item, questions_about
 from wisecli.memory.side_memory import EditEntry, SideMemory
 from wisecli.models.prompts import PromptEncoder
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "instruct.py"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ {'user': '<|user|>', 'assistant': '<|bot|>', 'system': '<|system|>'}"
     "[m.role] }}\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|bot|>\n{% endif %}"
@@ -268,3 +270,19 @@ def test_prompts_are_asked_in_the_form_that_is_wanted(job: Path, capsys: pytest.
     asked = ("eval", "-d", job / "chats.jsonl", "--limit", "1", "-s", job / "sm.safetensors", "--json", "--no-cache")
     assert answered(capsys, *asked, "--no-ability")["chat"] is True
     assert answered(capsys, *asked, "--no-ability", "--no-chat")["chat"] is False
+
+
+def test_the_example_learns_conversations_and_talks(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("instruct", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patched:
+        few_pool_prompts(patched)
+        module.main([str(job / "base"), "--edits", str(job / "chats.jsonl"), "--out", str(job)])
+    own, later = capsys.readouterr().out.split("In other words")
+    for record in read_edits(job / "chats.jsonl"):
+        assert f"{record.target}    [side memory, {record.id}]" in own
+        assert record.prompt in later
+    assert "[main memory]" in later

@@ -153,11 +153,10 @@ def asked_form(sink: Output, asked: bool | None, sm: SideMemory | None, base: Ba
     from wisecli.models.prompts import PromptEncoder
 
     usual = sm.chat if sm is not None else bool(getattr(base.tokenizer, "chat_template", None))
-    encoder = PromptEncoder(base.tokenizer, usual if asked is None else asked)
-    if sm is not None and encoder.chat != sm.chat:
+    if sm is not None and asked is not None and asked != sm.chat:
         how = "with" if sm.chat else "without"
         sink.warn(f"this side memory was learned {how} the chat template; its routing may miss here")
-    return encoder
+    return PromptEncoder(base.tokenizer, usual if asked is None else asked)
 
 
 def edit_config(
