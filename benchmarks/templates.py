@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean as mean
 
 import torch
 
@@ -111,45 +111,47 @@ def forms(before: Sequence[str]) -> dict[str, Callable[[int, str], Prompt]]:
 
 
 def ask(
-    base: Base, sm: SideMemory, encoder: PromptEncoder, stream: EditStream, reference: Sequence[Route]
+    base: Base, sm: SideMemory, encoder: PromptEncoder, stream: EditStream, reference: Sequence[Route], few: bool
 ) -> dict[str, float]:
     """Shares: of edits routed as their bare prompts, of rephrases that reach their edit, of others let in."""
     records = stream.records
     found = {}
     for name, form in forms(ordinary_prompts()).items():
+        if few and "system" in name:
+            continue
         asked = routes(base, sm, encoder, [form(i, r.prompt) for i, r in enumerate(records)])
         found[name] = sum(a == b for a, b in zip(asked, reference, strict=True)) / len(records)
-    own = [(r.id, p) for r in records for p in r.rephrases]
-    reached = routes(base, sm, encoder, [p for _, p in own])
-    found["rephrases"] = sum(x == (True, name) for x, (name, _) in zip(reached, own, strict=True)) / len(own)
     others = [(r.prompt, p.prompt) for r in records for p in r.locality if not p.near]
     told = ("assistant", "I do not know that.")
-    for name, prompts in {
-        "unrelated let in": [p for _, p in others],
-        "unrelated behind an edit, let in": [Conversation((("user", edit), told), p) for edit, p in others],
-    }.items():
-        found[name] = sum(routed for routed, _ in routes(base, sm, encoder, prompts)) / len(prompts)
-    return found
+    behind: list[Prompt] = [Conversation((("user", edit), told), p) for edit, p in others]
+    found["unrelated behind an edit, let in"] = mean([routed for routed, _ in routes(base, sm, encoder, behind)])
+    if few:
+        return found
+    own = [(r.id, p) for r in records for p in r.rephrases]
+    reached = routes(base, sm, encoder, [p for _, p in own])
+    alone = routes(base, sm, encoder, [p for _, p in others])
+    return found | {
+        "rephrases": mean([x == (True, name) for x, (name, _) in zip(reached, own, strict=True)]),
+        "unrelated let in": mean([routed for routed, _ in alone]),
+    }
 
 
-def study(base: Base, stream: EditStream, names: Sequence[str]) -> dict[str, Mapping[str, float]]:
+def study(
+    base: Base, stream: EditStream, names: Sequence[str], learned: Path | None, few: bool
+) -> Iterator[tuple[str, Mapping[str, float]]]:
     """What is found for each template, and for each way of learning."""
-    bare, plain = memory_of(base, stream, False)
+    plain = PromptEncoder(base.tokenizer)
+    bare = memory_of(base, stream, False)[0] if learned is None else SideMemory.load(learned)
     reference = routes(base, bare, plain, [r.prompt for r in stream.records])
-    found: dict[str, Mapping[str, float]] = {"reference": {"routed to itself": _own(reference, stream)}}
+    own = [x == (True, r.id) for x, r in zip(reference, stream.records, strict=True)]
+    yield "bare prompts", {"routed to their own edit": mean(own)}
     for name in names:
         tokenizer = deepcopy(base.tokenizer)
         tokenizer.chat_template = TEMPLATES[name]
         other = replace(base, tokenizer=tokenizer)
-        print(name, file=sys.stderr, flush=True)
         inside, encoder = memory_of(other, stream, True)
-        found[f"{name}: learned inside"] = ask(other, inside, encoder, stream, reference)
-        found[f"{name}: learned bare"] = ask(other, bare, encoder, stream, reference)
-    return found
-
-
-def _own(found: Sequence[Route], stream: EditStream) -> float:
-    return sum(x == (True, r.id) for x, r in zip(found, stream.records, strict=True)) / len(stream)
+        yield f"{name}: learned inside", ask(other, inside, encoder, stream, reference, few)
+        yield f"{name}: learned bare", ask(other, bare, encoder, stream, reference, few)
 
 
 def show(found: Mapping[str, Mapping[str, float]]) -> None:
@@ -167,17 +169,21 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--edits", type=int, default=200)
     ap.add_argument("--templates", nargs="*", choices=tuple(TEMPLATES), default=list(TEMPLATES))
+    ap.add_argument("--side-memory", type=Path, help="these edits learned as bare prompts, instead of learning them")
+    ap.add_argument("--few", action="store_true", help="leave out the rephrases, and a system message on its own")
     ap.add_argument("--out", type=Path, help="JSON file of what was measured")
     ap.add_argument("--threads", type=int, default=1)
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     stream = read_edits(EDITS, args.edits)
-    superseded: Any = stream.superseded
-    kept = EditStream.of([r for r in stream.records if r.id not in superseded])
-    found = study(load_base(device="cpu"), kept, args.templates)
+    kept = EditStream.of([r for r in stream.records if r.id not in stream.superseded])
+    found: dict[str, Mapping[str, float]] = {}
+    for name, row in study(load_base(device="cpu"), kept, args.templates, args.side_memory, args.few):
+        found[name] = row
+        print(json.dumps({name: row}), file=sys.stderr, flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     show(found)
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
