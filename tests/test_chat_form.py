@@ -82,6 +82,10 @@ TEMPLATES = {
         "m.role }}\n{% if rules and loop.first %}{{ rules }}\n\n{% endif %}{{ m.content | trim }}<end_of_turn>\n"
         "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
     ),
+    "phi": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+    ),
     "thinking": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
@@ -97,15 +101,17 @@ TEMPLATES = {
     "dialogue": "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
 }
 NO_SYSTEM = {"mistral": "alternate", "gemma": "System role", "folding": "where it ends"}
-NO_BOS = {"chatml", "chatml-default-system", "thinking", "bare-words", "headings", "dialogue"}
+NO_BOS = {"chatml", "chatml-default-system", "phi", "thinking", "bare-words", "headings", "dialogue"}
 ENDS = {
     **dict.fromkeys(("chatml", "chatml-default-system", "thinking"), "<|im_end|>"),
     **dict.fromkeys(("llama3", "llama3-dated"), "<|eot_id|>"),
     **dict.fromkeys(("gemma", "folding"), "<end_of_turn>"),
+    "phi": "<|end|>",
 }
 MARKS = (
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<start_of_turn>", "<end_of_turn>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
 )
 TOKENIZERS = ("demo", "tiny", "newlines", "pieces")
 _PATTERN = (  # that of GPT-4 and its followers: punctuation takes line breaks along, line breaks stay together

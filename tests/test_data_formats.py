@@ -392,7 +392,7 @@ def test_native_faults(change: dict, problem: str) -> None:
         (
             {"question": "q", "answer": ["a"]},
             'no known format has the keys "question", "answer" '
-            "(accepted: native, counterfact, mend-zsre, wikibigedit, knowedit, easyedit)",
+            "(accepted: native, messages, counterfact, mend-zsre, wikibigedit, knowedit, easyedit)",
         ),
         ({}, "no known format has the keys (none)"),
         (["p"], "must be an object, not a list"),

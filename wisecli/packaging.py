@@ -301,7 +301,7 @@ def _ledger(side_memory: SideMemory) -> bytes:
     """One JSON line per edit, in stream order."""
     lines = []
     for e in side_memory.edits:
-        line = {"id": e.id, "prompt": e.prompt, "target": e.target, "outcome": outcome_of(e)}
+        line = {"id": e.id, "history": e.history, "prompt": e.prompt, "target": e.target, "outcome": outcome_of(e)}
         line |= {k: e.details.get(k) for k in ("shard", "steps")}
         lines.append(json.dumps({k: v for k, v in line.items() if v is not None}, ensure_ascii=False) + "\n")
     return "".join(lines).encode()

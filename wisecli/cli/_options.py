@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wisecli.editing.config import EditConfig
     from wisecli.memory.side_memory import SideMemory
     from wisecli.models.base import Base
+    from wisecli.models.prompts import PromptEncoder
 
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -52,6 +53,14 @@ Chat = Annotated[
     typer.Option(
         "--chat/--no-chat",
         help="Render prompts with the base's chat template. Default: if it has one.",
+        show_default=False,
+    ),
+]
+AskedChat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Use the base's chat template. Default: as the side memory was learned; without it, if there is one.",
         show_default=False,
     ),
 ]
@@ -131,6 +140,22 @@ def read_side_memory(sink: Output, given: Path) -> tuple[Path, SideMemory]:
     if sink.human:
         sink.note(f"side memory {fetched.label}", style="dim")
     return Path(fetched.label), SideMemory.load(fetched.side_memory)
+
+
+def asked_form(sink: Output, asked: bool | None, sm: SideMemory | None, base: Base) -> PromptEncoder:
+    """How prompts are rendered.
+
+    Args:
+        asked: --chat or --no-chat; None for the way the side memory was learned, or, without one, for the chat template
+            where the base has one.
+    """
+    from wisecli.models.prompts import PromptEncoder
+
+    usual = sm.chat if sm is not None else bool(getattr(base.tokenizer, "chat_template", None))
+    if sm is not None and asked is not None and asked != sm.chat:
+        how = "with" if sm.chat else "without"
+        sink.warn(f"this side memory was learned {how} the chat template; its routing may miss here")
+    return PromptEncoder(base.tokenizer, usual if asked is None else asked)
 
 
 def edit_config(

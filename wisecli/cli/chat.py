@@ -21,8 +21,6 @@ from wisecli.errors import InputError, WiseError
 
 if TYPE_CHECKING:
     from wisecli.chat import ChatSession, Turn
-    from wisecli.memory.side_memory import SideMemory
-    from wisecli.models.base import Base
 
 _COMMANDS = {
     "/why": "which memory gave the last answer, and why",
@@ -43,14 +41,7 @@ def chat(
     ] = None,
     router: opt.RouterName = None,
     scope: opt.Scope = None,
-    template: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat",
-            help="Use the base's chat template. Default: as the side memory was learned; without it, if there is one.",
-            show_default=False,
-        ),
-    ] = None,
+    template: opt.AskedChat = None,
     system: Annotated[str | None, typer.Option(help="System message, with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     allow_other_base: opt.AllowOtherBase = False,
@@ -74,28 +65,21 @@ def chat(
 
             side_memory, sm = opt.read_side_memory(sink, side_memory) if side_memory else (None, None)
             base = opt.base_of(sm.base if sm else {}, model, revision, dtype, device, trust_remote_code)
+            encoder = opt.asked_form(sink, template, sm, base)
             attached = None
             if sm is not None:
+                sm = sm.asked_in(encoder.chat, encoder.rule)
                 attached = attach(base.model, sm, router=router, scope=scope, allow_other_base=allow_other_base)
                 until_the_end.enter_context(attached)
             session = ChatSession(
                 base,
                 attached,
-                chat=_use_template(sink, template, sm, base),
+                chat=encoder.chat,
                 system=system,
                 max_new_tokens=max_new_tokens,
             )
         questions = [*([question] if question is not None else []), *(prompt or [])]
         _talk(sink, session, questions, side_memory)
-
-
-def _use_template(sink: Output, asked: bool | None, sm: SideMemory | None, base: Base) -> bool:
-    if sm is None:
-        return bool(getattr(base.tokenizer, "chat_template", None)) if asked is None else asked
-    if asked is not None and asked != sm.chat:
-        how = "with" if sm.chat else "without"
-        sink.warn(f"this side memory was learned {how} the chat template; its routing may miss here")
-    return sm.chat if asked is None else asked
 
 
 def _talk(sink: Output, session: ChatSession, questions: list[str], side_memory: Path | None) -> None:

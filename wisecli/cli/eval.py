@@ -43,6 +43,7 @@ def evaluate(
         ),
     ] = None,
     scope: opt.Scope = None,
+    chat: opt.AskedChat = None,
     open_gate: Annotated[
         bool, typer.Option("--open-gate/--no-open-gate", help="Also ask what the gate kept out, with the gate open.")
     ] = True,
@@ -118,7 +119,7 @@ def evaluate(
         if scope is not None:
             check_scope(scope)
         settings = {"schedule": schedule, "shards": shards, "block": block, "seed": seed}
-        learning = _Learning.of(learn, protocol, t, side_memory, out, harness, settings)
+        learning = _Learning.of(learn, protocol, t, side_memory, out, harness, settings, chat)
         if router == "oracle" and learning is not None:
             raise UsageError("--router oracle asks a side memory that exists.", hint="Merge first, then evaluate.")
         scoped = learn and protocol != "wilke"
@@ -153,16 +154,20 @@ def evaluate(
         base = opt.base_of(sm.base if sm else {}, model, revision, dtype, device, trust_remote_code)
         _warn_endless(sink, base)
         if learning is None:
-            run = _existing(sink, base, stream, sm, options, allow_other_base)
+            encoder = opt.asked_form(sink, chat, sm, base)
+            templated = encoder.chat
+            sm = sm.asked_in(templated, encoder.rule) if sm is not None else None
+            run = _existing(sink, base, stream, sm, templated, options, allow_other_base)
         else:
             run = _ask(sink, learning.run(base, stream, options, scope))
             sm = SideMemory.load(learning.side_memory) if harness is not None else None
+            templated = sm is not None and sm.chat
         report = run.report
         written.save(report)
         run.close()
         if harness is not None:
             attaching = {"router": router, "allow_other_base": allow_other_base}
-            report = _harness(sink, report, base, sm, tasks, harness_limit, harness_include, attaching)
+            report = _harness(sink, report, base, sm, templated, tasks, harness_limit, harness_include, attaching)
             written.save(report)
         show_report(sink, report)
         written.tell(sink, side_memory)
@@ -178,6 +183,7 @@ class _Learning:
     sizes: tuple[int, ...]
     out: Path | None
     settings: dict[str, Any]
+    chat: bool | None = None
 
     @classmethod
     def of(
@@ -189,6 +195,7 @@ class _Learning:
         out: Path | None,
         harness: str | None,
         settings: dict[str, Any],
+        chat: bool | None = None,
     ) -> _Learning | None:
         """From the options; None where an existing side memory, or the base alone, is asked."""
         from wisecli.errors import UsageError
@@ -217,7 +224,7 @@ class _Learning:
             raise UsageError("WilKE's protocol edits one by one in one shard.", hint="Leave --shards and --block out.")
         if harness is not None and not into_folder:
             raise UsageError("--harness needs one side memory.", hint="Use it with --side-memory or with --learn.")
-        return cls(protocol, sizes, out, given)
+        return cls(protocol, sizes, out, given, chat)
 
     @property
     def side_memory(self) -> Path:
@@ -231,7 +238,7 @@ class _Learning:
         from wisecli.evaluation.wilke import WilkeEvaluation
         from wisecli.memory.calibration import DEFAULT_SCOPE
 
-        config = opt.edit_config(stream, base, **{"shards": None, **self.settings})
+        config = opt.edit_config(stream, base, **{"shards": None, **self.settings}, chat=self.chat)
         how = MergeConfig(scope=scope or DEFAULT_SCOPE)
         if self.sizes:
             return RollbackEvaluation(base, stream, config, self.sizes, how=how, options=options)
@@ -299,6 +306,7 @@ def _existing(
     base: Base,
     stream: EditStream,
     sm: SideMemory | None,
+    chat: bool,
     options: EvalOptions,
     allow_other_base: bool,
 ) -> Any:
@@ -307,11 +315,11 @@ def _existing(
     from wisecli.routing.attach import attach
 
     if sm is None:
-        return _ask(sink, Evaluation(base, stream, None, options=options))
+        return _ask(sink, Evaluation(base, stream, None, chat, options))
     _warn_missing(sink, sm, stream)
     router = None if options.oracle else options.router
     with attach(base.model, sm, router=router, allow_other_base=allow_other_base) as attached:
-        return _ask(sink, Evaluation(base, stream, attached, sm.chat, options))
+        return _ask(sink, Evaluation(base, stream, attached, chat, options))
 
 
 def _ask(sink: Output, run: Any) -> Any:
@@ -331,6 +339,7 @@ def _harness(
     report: EvalReport,
     base: Base,
     sm: SideMemory | None,
+    chat: bool,
     tasks: list[str],
     limit: int | None,
     include: Path | None,
@@ -339,7 +348,6 @@ def _harness(
     from wisecli.harness import run_harness
     from wisecli.routing.attach import attach
 
-    chat = bool(sm and sm.chat)
     on = attach(base.model, sm, **attaching) if sm is not None else nullcontext()
     with sink.progress() as bar, on as attached:
         task = bar.add_task("lm-evaluation-harness", total=None)

@@ -12,6 +12,7 @@ from wisecli.cli import _options as opt
 from wisecli.cli._output import Output, figure
 
 if TYPE_CHECKING:
+    from wisecli.data.records import Prompt
     from wisecli.editing.rebuild import RebuildPlan
     from wisecli.memory.shard import RunFolder
     from wisecli.memory.side_memory import SideMemory
@@ -150,6 +151,7 @@ class _Again:
 
     def run(self, pool: Sequence[str], loading: Mapping[str, Any], trust: bool) -> dict[str, Any]:
         """Withdraw, learn anew, merge again as before, and ask."""
+        from wisecli.data.records import EditRecord
         from wisecli.editing.rebuild import Rebuild
         from wisecli.memory.files import ensure_writable
 
@@ -159,7 +161,8 @@ class _Again:
         recorded = self.folder.run["base"]
         dtype = recorded["dtype"] if loading["dtype"] == "auto" else loading["dtype"]
         base = opt.base_of(recorded, loading["model"], loading["revision"], dtype, loading["device"], trust)
-        prompts = {e["id"]: e["prompt"] for e in self.folder.entries() if e["id"] in self.ids and "prompt" in e}
+        known = [e for e in self.folder.entries() if e["id"] in self.ids and "prompt" in e]
+        prompts = {e["id"]: EditRecord.of_entry(e).asked for e in known}
         job = Rebuild(base, self.folder, pool, self.ids)
         self.folder = job.run
         with self.sink.progress() as bar:
@@ -174,7 +177,7 @@ class _Again:
         written.insert(0, str(self.out or self.file))
         return result | self._merged_again(base, prompts, self.before)
 
-    def _merged_again(self, base: Base, prompts: Mapping[str, str], before: SideMemory) -> dict[str, Any]:
+    def _merged_again(self, base: Base, prompts: Mapping[str, Prompt], before: SideMemory) -> dict[str, Any]:
         from wisecli.editing.merge import merge_run, merged_as
         from wisecli.inspection.asking import ask_edits, unlike_base
 

@@ -38,6 +38,7 @@ def route(
     top: Annotated[int, typer.Option(min=1, help="Nearest edits to show, at most.")] = 3,
     router: opt.RouterName = None,
     scope: opt.Scope = None,
+    chat: opt.AskedChat = None,
     model: opt.Model = None,
     allow_other_base: opt.AllowOtherBase = False,
     revision: opt.Revision = None,
@@ -59,7 +60,6 @@ def route(
     with sink.running():
         if not prompts and sys.stdin.isatty():
             raise UsageError("No prompts were given.", hint="Give them as arguments, or one per line on stdin.")
-        from wisecli.models.prompts import PromptEncoder
         from wisecli.routing.attach import attach
         from wisecli.routing.explain import check_prompt, explain
 
@@ -67,9 +67,10 @@ def route(
             check_prompt(prompt)
         side_memory, sm = opt.read_side_memory(sink, side_memory)
         base = opt.base_of(sm.base, model, revision, dtype, device, trust_remote_code)
+        encoder = opt.asked_form(sink, chat, sm, base)
+        sm = sm.asked_in(encoder.chat, encoder.rule)
         why = None
         with attach(base.model, sm, router=router, scope=scope, allow_other_base=allow_other_base) as attached:
-            encoder = PromptEncoder(base.tokenizer, sm.chat)
             for some in _batches(prompts):
                 for why in explain(attached, encoder, some, top, _BATCH):
                     _show(sink, why)

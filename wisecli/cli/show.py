@@ -51,6 +51,7 @@ def show(
 def _facts(view: EditView) -> Iterator[tuple[str, str]]:
     line = view.line
     yield "edit", f"{line.id}, {view.position} of {view.edits}"
+    yield from ((role, short(said, _LONGEST)) for role, said in line.history or ())
     yield "prompt", NO_TEXT if line.prompt is None else short(line.prompt, _LONGEST)
     if line.prompt is not None:
         yield "target", short(str(line.target), _LONGEST)

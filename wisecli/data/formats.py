@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wisecli.data.fields import Fields, kind_of
-from wisecli.data.records import SAME_RELATION, SAME_SUBJECT, UNRELATED, Probe
+from wisecli.data.messages import read_answered, read_prompt
+from wisecli.data.records import SAME_RELATION, SAME_SUBJECT, UNRELATED, Probe, Said
 
 NATIVE_KEYS = ("id", "prompt", "target", "truth", "subject", "rephrases", "locality", "irrelevant", "ood", "meta")
 _MAX_DEPTH = 100  # far above any dataset's, far below what Python's own JSON writer can take
@@ -77,11 +78,29 @@ def accepted() -> str:
 
 
 def _native(fields: Fields) -> dict[str, Any]:
-    name, prompt, target = fields.name("id"), fields.required("prompt"), fields.required("target")
+    """A prompt that is a list of messages is a conversation that ends with a user's turn."""
+    name = fields.name("id")
+    history: tuple[Said, ...] = ()
+    if isinstance(fields.raw.get("prompt"), list):
+        history, prompt = read_prompt(fields, "prompt")
+    else:
+        prompt = fields.required("prompt")
+    return {"id": name, "prompt": prompt, "target": fields.required("target"), "history": history} | _about(fields)
+
+
+def _conversation(fields: Fields) -> dict[str, Any]:
+    """A conversation whose last answer is the target; beside it what a native record has."""
+    name = fields.name("id")
+    history, prompt, target = read_answered(fields, "messages" if "messages" in fields.raw else "conversations")
+    system = fields.optional("system")
+    if system is not None:
+        history = (("system", system), *(m for m in history if m[0] != "system"))
+    return {"id": name, "prompt": prompt, "target": target, "history": history} | _about(fields)
+
+
+def _about(fields: Fields) -> dict[str, Any]:
+    """What a native record has beside its prompt and target."""
     values = {
-        "id": name,
-        "prompt": prompt,
-        "target": target,
         "subject": fields.optional("subject"),
         "rephrases": fields.texts("rephrases", single=False),
         "locality": fields.probes("locality"),
@@ -257,6 +276,10 @@ def _quoted(keys: Iterable[str]) -> str:
     return ", ".join(f'"{key}"' for key in keys) or "(none)"
 
 
+def _converses(raw: Mapping[str, Any]) -> bool:
+    return "messages" in raw or "conversations" in raw
+
+
 def _has(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda raw: all(key in raw for key in keys)
 
@@ -264,6 +287,7 @@ def _has(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
 _NATIVE = '"prompt", "target"'
 FORMATS = (
     Format("native", _has("prompt", "target"), _native, _NATIVE, "this tool"),
+    Format("messages", _converses, _conversation, '"messages": [..]', "fine-tuning files of chats; ShareGPT"),
     Format("counterfact", _has("requested_rewrite"), _counterfact, '"requested_rewrite"', "ROME, arXiv:2202.05262"),
     Format("mend-zsre", _has("src"), _mend_zsre, '"src", "alt"', "MEND, arXiv:2110.11309; UltraEdit: ans for alt"),
     Format("wikibigedit", _has("update", "ans"), _wikibigedit, '"update", "ans"', "WikiBigEdit, arXiv:2503.05683"),

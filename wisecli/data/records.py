@@ -1,4 +1,5 @@
-"""What one edit is: `EditRecord`, and the locality prompts that come with it: `Probe`.
+"""What one edit is: `EditRecord`, the locality prompts that come with it: `Probe`, and what stands before a prompt in a
+conversation: `Conversation`.
 
 Both are values: made once, never changed, written as JSON in the tool's own schema (`to_json`). The text is kept as it
 was given, with two exceptions that make prompt + separator + target well defined: white space at the end of a prompt
@@ -21,6 +22,43 @@ UNRELATED = "unrelated"
 SAME_RELATION = "same-relation"
 SAME_SUBJECT = "same-subject"
 KINDS = (UNRELATED, SAME_RELATION, SAME_SUBJECT)
+
+
+Said = tuple[str, str]  # role and content of a message
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A user's words and the messages before them, put to a base as a whole; needs a chat template.
+
+    Args:
+        history: a system message, earlier turns, or both; roles are system, user and assistant.
+        prompt: the words of the last user turn.
+    """
+
+    history: tuple[Said, ...]
+    prompt: str
+
+    def __str__(self) -> str:
+        return self.prompt
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All of them, as chat templates take them."""
+        return [{"role": role, "content": content} for role, content in (*self.history, ("user", self.prompt))]
+
+
+Prompt = str | Conversation
+
+
+def asked_behind(history: Sequence[Said] | None, prompt: str) -> Prompt:
+    """A prompt behind the messages before it; the text alone where there are none."""
+    return Conversation(said_of(history), prompt) if history else prompt
+
+
+def said_of(messages: Iterable[Sequence[str]]) -> tuple[Said, ...]:
+    """Messages read from JSON, as values."""
+    return tuple((role, content) for role, content in messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +105,7 @@ class EditRecord:
 
     Args:
         id: unique in its stream.
-        prompt: the text after which the target must follow.
+        prompt: the text after which the target must follow; of a conversation, the words of its last user turn.
         target: the text to reach, without a leading space.
         subject: what the fact is about, where the dataset says so.
         rephrases: other wordings of the prompt, for generalization.
@@ -75,6 +113,8 @@ class EditRecord:
         irrelevant: texts used *while* editing as out-of-scope examples; disjoint from `locality`.
         truth: the answer before the edit, without a leading space; None where the dataset does not give it.
         ood: texts that follow from the edit in other words, out of its distribution; scored as wholes.
+        history: the messages before the prompt, where the record is a conversation. All that is asked about the record
+            is asked behind them.
         meta: whatever else the record carried; kept, never interpreted.
         source: where it was read, "edits.jsonl:7". Not part of the value: ignored by `==` and by `to_json`.
     """
@@ -88,6 +128,7 @@ class EditRecord:
     irrelevant: tuple[str, ...] = ()
     truth: str | None = None
     ood: tuple[str, ...] = ()
+    history: tuple[Said, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
     source: str = field(default="", compare=False)
 
@@ -104,13 +145,27 @@ class EditRecord:
             "irrelevant": _texts(self.irrelevant),
             "truth": self.truth.strip() or None if self.truth else None,
             "ood": _texts(text.strip() for text in self.ood),
+            "history": said_of(self.history),
         }
         for name, value in tidy.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def asked(self) -> Prompt:
+        """The prompt as it is put to a base: behind the messages before it."""
+        return asked_behind(self.history, self.prompt)
+
+    @classmethod
+    def of_entry(cls, entry: Mapping[str, Any]) -> EditRecord:
+        """What a ledger's entry with texts knows of an edit."""
+        subject, history = entry.get("subject"), said_of(entry.get("history", ()))
+        return cls(entry["id"], entry["prompt"], entry["target"], subject=subject, history=history)
+
     def to_json(self) -> dict[str, Any]:
-        """The record in the native schema; empty fields are left out."""
-        out: dict[str, Any] = {"id": self.id, "prompt": self.prompt, "target": self.target}
+        """The record in the native schema; empty fields are left out, and a conversation's prompt is its messages."""
+        asked = self.asked
+        prompt = asked.messages if isinstance(asked, Conversation) else asked
+        out: dict[str, Any] = {"id": self.id, "prompt": prompt, "target": self.target}
         optional = {
             "subject": self.subject,
             "rephrases": list(self.rephrases),

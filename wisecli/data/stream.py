@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from wisecli.data.formats import NATIVE_KEYS, SCHEMA, Mapped, accepted, map_record
-from wisecli.data.records import EditRecord, ordered_ids
+from wisecli.data.records import Conversation, EditRecord, Prompt, ordered_ids
 from wisecli.data.source import RawRecord, read_raw
 from wisecli.errors import InputError, UsageError
 
@@ -153,20 +153,21 @@ def _clashes(records: Sequence[EditRecord]) -> tuple[tuple[Clash, ...], tuple[Cl
     duplicates: list[Clash] = []
     contradictions: list[Clash] = []
     for record in records:
-        key = prompt_key(record.prompt)
+        key = prompt_key(record.asked)
         before = last.get(key)
         if before is not None:
             same = squeeze(before.target) == squeeze(record.target)
             (duplicates if same else contradictions).append(Clash(before.id, record.id))
         last[key] = record
     finals = {key: squeeze(record.target) for key, record in last.items()}
-    beaten = (r.id for r in records if finals[prompt_key(r.prompt)] != squeeze(r.target))
+    beaten = (r.id for r in records if finals[prompt_key(r.asked)] != squeeze(r.target))
     return tuple(duplicates), tuple(contradictions), frozenset(beaten)
 
 
-def prompt_key(prompt: str) -> str:
+def prompt_key(prompt: Prompt) -> str:
     """What two prompts that ask the same have in common: they may differ in white space and capitals."""
-    return squeeze(prompt).casefold()
+    said = [m["content"] for m in prompt.messages] if isinstance(prompt, Conversation) else [prompt]
+    return "\n".join(squeeze(text).casefold() for text in said)
 
 
 def squeeze(text: str) -> str:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from wisecli.cache import digest_of
 from wisecli.data.pool import Pool, PoolFact, pool_facts
-from wisecli.data.records import EditRecord
+from wisecli.data.records import EditRecord, Prompt
 from wisecli.data.stream import EditStream, prompt_key
-from wisecli.editing.batch import CapturedEdit, capture_edits
+from wisecli.editing.batch import CapturedEdit, capture_edits, check_records
 from wisecli.editing.config import EditConfig
 from wisecli.editing.conflicts import Conflicts, find_conflicts
 from wisecli.editing.margins import Margins, Replay, indicators_of
@@ -71,7 +71,7 @@ class Editor:
         self.pool = Pool.of(extra_pool) if pool is None else pool
         known = set(self.pool.prompts)
         self.facts = tuple(f for f in pool_facts() if known.issuperset(f.prompts))
-        self._vectors: dict[str, Tensor] = {}
+        self._vectors: dict[Prompt, Tensor] = {}
 
     def kept_gate(self, cache: Path | None) -> Gate:
         """The gate, from a cache where it was worked out before; only on the CPU, where it is worth hashing the base.
@@ -102,7 +102,7 @@ class Editor:
         """The unit of the layer's activation indicator."""
         return Margins(self.upper, self.config.margins)
 
-    def vectors(self, prompts: Sequence[str]) -> Tensor:
+    def vectors(self, prompts: Sequence[Prompt]) -> Tensor:
         """Vectors [n, r] (fp16) of prompts in the key space; a prompt seen before is not run again."""
         new = [p for p in dict.fromkeys(prompts) if p not in self._vectors]
         if new:
@@ -128,7 +128,7 @@ class Editor:
         if not facts or not records:
             return [None] * len(records)
         vectors = self.gate.pool[[place[f.prompts[0]] for f in facts]].float()
-        best, at = alike(self.vectors([r.prompt for r in records]).float(), vectors).max(1)
+        best, at = alike(self.vectors([r.asked for r in records]).float(), vectors).max(1)
         return [facts[i] if near > KINDRED else None for near, i in zip(best.tolist(), at.tolist(), strict=True)]
 
     def conflicts(self, records: Sequence[EditRecord]) -> Conflicts:
@@ -136,22 +136,30 @@ class Editor:
         near = self.gate.trial.near
         if not len(near):
             return Conflicts({})
-        vectors = self.vectors([r.prompt for r in records]).float()
+        vectors = self.vectors([r.asked for r in records]).float()
         ordinary = self.gate.ordinary(about_edits(self.pool.prompts, records))
         return find_conflicts(records, vectors, crowding(vectors, ordinary), float(near.max()))
 
     def settle(self, stream: EditStream) -> Conflicts:
         """Every superseded edit of a stream, by equal prompts or by the gate, and the pairs that stay though alike."""
-        last = {prompt_key(r.prompt): r.id for r in stream.records}
-        by_prompt = {r.id: last[prompt_key(r.prompt)] for r in stream.records if r.id in stream.superseded}
+        last = {prompt_key(r.asked): r.id for r in stream.records}
+        by_prompt = {r.id: last[prompt_key(r.asked)] for r in stream.records if r.id in stream.superseded}
         found = self.conflicts([r for r in stream.records if r.id not in stream.superseded])
         return Conflicts({**by_prompt, **found.superseded}, found.alike)
+
+    def check(self, records: Sequence[EditRecord]) -> None:
+        """See whether the base can learn these edits, without running it.
+
+        Raises:
+            InputError: some cannot be rendered, do not fit its context or have a target it cannot say.
+        """
+        check_records(self.encoder, records, self.config.contexts, self.config.seed, context_of(self.base.model))
 
     def capture(self, records: Sequence[EditRecord]) -> list[CapturedEdit]:
         """Edits run through the frozen part, once.
 
         Raises:
-            InputError: a record does not fit the base's context.
+            InputError: see `check`.
         """
         limit = context_of(self.base.model)
         return capture_edits(self.upper, records, self.config.contexts, self.config.seed, limit)
@@ -284,7 +292,7 @@ class OpenShard:
         return [
             i
             for i, e in enumerate(self.captured)
-            if e.record.prompt == record.prompt or found.get(e.record.id) == record.id
+            if e.record.asked == record.asked or found.get(e.record.id) == record.id
         ]
 
     def shard(self) -> Shard:
@@ -319,6 +327,7 @@ class OpenShard:
         if self.editor.texts:
             entry |= {"prompt": record.prompt, "target": record.target}
             entry |= {"subject": record.subject} if record.subject else {}
+            entry |= {"history": [list(said) for said in record.history]} if record.history else {}
         outcome = outcomes.get(record.id)
         if outcome is None:
             by = self.by.get(record.id)

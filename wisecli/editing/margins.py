@@ -71,7 +71,7 @@ class Replay:
     def __init__(self, upper: UpperModel, margins: Margins, records: Sequence[EditRecord], seed: int) -> None:
         kept = random.Random(seed).sample(list(records), min(_KEPT, len(records)))
         self.margins = margins
-        self.rows = upper.capture([upper.encoder.prompt(r.prompt) for r in kept])
+        self.rows = upper.capture([upper.encoder.prompt(r.asked) for r in kept])
         self.generator = torch.Generator().manual_seed(seed)
 
     def loss(self, delta: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wisecli.data.pool import ordinary_prompts
-from wisecli.data.records import EditRecord
+from wisecli.data.records import EditRecord, said_of
 from wisecli.editing.batch import CapturedEdit, batches, capture_edits
 from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import slices
@@ -269,7 +269,8 @@ def _entries(shards: Sequence[Shard], memory: int) -> tuple[EditEntry, ...]:
             details: dict[str, Any] = {"shard": shard.index, "outcome": e["outcome"], "steps": e["steps"]}
             details |= {"by": e["by"]} if e.get("by") else {}
             place = MAIN_MEMORY if e["outcome"] == WITHDRAWN else memory
-            entries.append(EditEntry(e["id"], place, e["outcome"] == TOOK, e.get("prompt"), e.get("target"), details))
+            texts, history = (e.get("prompt"), e.get("target")), said_of(e.get("history", ())) or None
+            entries.append(EditEntry(e["id"], place, e["outcome"] == TOOK, *texts, details, history))
     return tuple(entries)
 
 
@@ -282,7 +283,7 @@ def _known(method: str) -> str:
 def _capture(upper: UpperModel, config: EditConfig, entries: Sequence[EditEntry], contexts: int) -> list[CapturedEdit]:
     """All edits in force, with so many of the rows behind a context as while editing."""
     live = [e for e in entries if e.details["outcome"] not in (SUPERSEDED, WITHDRAWN)]
-    records = [EditRecord(e.id, str(e.prompt), str(e.target)) for e in live]
+    records = [EditRecord(e.id, str(e.prompt), str(e.target), history=e.history or ()) for e in live]
     return capture_edits(upper, records, contexts, config.seed)
 
 
@@ -342,7 +343,7 @@ def _calibrate_activation(upper: UpperModel, config: EditConfig, merged: Sequenc
     ordinary = upper.capture([upper.encoder.prompt(p) for p in ordinary_prompts()[::_EVERY]])
     found: list[Calibration | None] = []
     for m in merged:
-        prompts = [e.prompt for e in m.entries if e.took and e.prompt is not None]
+        prompts = [e.asked for e in m.entries if e.took and e.prompt is not None]
         delta = m.delta.dense().to(upper.model.device)
         if not prompts:
             found.append(None)

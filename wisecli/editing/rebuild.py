@@ -99,11 +99,11 @@ class Rebuild:
             for index in self.plan.shards:
                 before = [e for e in entries if e["shard"] < index and e["outcome"] not in (SUPERSEDED, WITHDRAWN)]
                 mine = [e for e in entries if e["shard"] == index]
-                shard = OpenShard(self.editor, index, prompts, [_record(e) for e in before])
+                shard = OpenShard(self.editor, index, prompts, [EditRecord.of_entry(e) for e in before])
                 kept = [e for e in mine if e["outcome"] != WITHDRAWN]
                 superseded = {e["id"]: e.get("by") for e in kept if e["outcome"] == SUPERSEDED}
                 learned = 0
-                for learned in shard.learn([_record(e) for e in kept], superseded):
+                for learned in shard.learn([EditRecord.of_entry(e) for e in kept], superseded):
                     yield done + learned, self.plan.edits
                 done += len(kept) - len(superseded)
                 gone = [e["id"] for e in mine if e["outcome"] == WITHDRAWN]
@@ -114,10 +114,6 @@ class Rebuild:
 def _left(entry: Mapping[str, Any]) -> bool:
     """Whether a shard still holds something of an edit but its id."""
     return "loss" in entry or "prompt" in entry
-
-
-def _record(entry: Mapping[str, Any]) -> EditRecord:
-    return EditRecord(entry["id"], entry["prompt"], entry["target"], subject=entry.get("subject"))
 
 
 def _with_gaps(shard: Shard, ids: Sequence[str]) -> Shard:

@@ -88,6 +88,7 @@ class EditRun:
                 hint=f"Use --shards {len(stream.records)} or fewer.",
             )
         self.editor = Editor(base, config, extra_pool=extra_pool, texts=texts)
+        self.editor.check([r for r in stream.records if r.id not in stream.superseded])
         self.site = self.editor.site
         self.open: OpenShard | None = None
         self._prepared = False
@@ -195,7 +196,7 @@ class EditRun:
     def earlier(self) -> list[EditRecord]:
         """The edits of earlier streams that this one may supersede, as far as their texts were kept."""
         known = self.folder.learned_before(self._position)
-        return [EditRecord(e["id"], e["prompt"], e["target"], subject=e.get("subject")) for e in known]
+        return [EditRecord.of_entry(e) for e in known]
 
     @property
     def finished(self) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wisecli.cache import digest_of
+from wisecli.data.records import Prompt
 from wisecli.errors import InputError
 from wisecli.evaluation.store import AnswerStore
 from wisecli.models.base import Base, context_of
@@ -81,7 +82,7 @@ class Forced:
     route: Route | None = None
 
 
-def answer_cap(base: Base, encoder: PromptEncoder, edit: str, prompt: str, text: str | None) -> int:
+def answer_cap(base: Base, encoder: PromptEncoder, edit: str, prompt: Prompt, text: str | None) -> int:
     """Tokens the answer to a prompt may take: as many as `text` has and SLACK more; PROBE_TOKENS without a text.
 
     It is never more than the base's context has left behind the prompt.
@@ -96,7 +97,7 @@ def answer_cap(base: Base, encoder: PromptEncoder, edit: str, prompt: str, text:
         answer = f" and its answer {len(row.target)}" if row.target else ""
         raise InputError(
             f"A prompt of edit {edit!r} has {len(row.prompt)} tokens{answer}; the base takes {limit} in all: "
-            f"{prompt[:60]!r}.",
+            f"{str(prompt)[:60]!r}.",
             hint="Shorten it, or leave it out.",
         )
     return min(cap, limit - len(row.prompt))
@@ -120,7 +121,7 @@ def check_text(base: Base, encoder: PromptEncoder, edit: str, text: str) -> None
 def generate_answers(
     base: Base,
     encoder: PromptEncoder,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_new_tokens: Sequence[int],
     attached: Attached | None = None,
     batch_size: int = BATCH,

@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from wisecli.cache import digest_of
-from wisecli.data.records import EditRecord
+from wisecli.data.records import EditRecord, Prompt
 from wisecli.evaluation.answers import (
     BATCH,
     PROBE_TOKENS,
@@ -100,11 +100,11 @@ class Asker:
         self.base, self.questions, self.batch_size = base, list(questions), batch_size
         self.left_out = left_out
         self.encoder = PromptEncoder(base.tokenizer, chat=chat)
-        self.prompts = list(dict.fromkeys(q.prompt for q in self.questions))
+        self.prompts = list(dict.fromkeys(q.asked for q in self.questions))
         self.seconds: dict[str, float] = {}
         self._cache = cache if cache is not None and base.digest is not None else None
         self._journals: dict[Path, AnswerStore] = {}
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[Prompt, Answer] = {}
         self._rows: list[Row | None] = []
         self._contrasts: list[Row | None] = []
         self._forced: dict[int, Forced] = {}
@@ -159,7 +159,7 @@ class Asker:
         sent = self._own_memories(attached) if oracle else None
         answers = yield from self._generate(stage, self._prompts_of(which), self._caps, attached, store, sent)
         picked, force = set(which), partial(self._force, attached=attached, store=store)
-        to = None if sent is None else [sent[q.prompt] for q in self.questions]
+        to = None if sent is None else [sent[q.asked] for q in self.questions]
         rows = [r if i in picked else None for i, r in enumerate(self._rows)]
         forced = yield from force(f"{stage}, forced", rows, sent_to=to)
         rows = [r if i in picked else None for i, r in enumerate(self._contrasts)]
@@ -178,15 +178,15 @@ class Asker:
         """
         memory_of = {e.id: max(e.memory, 0) for e in attached.side_memory.edits}
         due = {i: m for i, item in enumerate(items) if (m := _open_to(item, memory_of)) is not None}
-        answers: dict[tuple[int, str], Answer] = {}
+        answers: dict[tuple[int, Prompt], Answer] = {}
         for memory in sorted(set(due.values())):
-            asked = list(dict.fromkeys(items[i].question.prompt for i, m in due.items() if m == memory))
+            asked = list(dict.fromkeys(items[i].question.asked for i, m in due.items() if m == memory))
             with attached.override([memory]):
                 store = self.store_of(attached, {"open": memory})
                 found = yield from self._generate("gate open", asked, self._caps, None, store)
             answers |= {(memory, prompt): answer for prompt, answer in found.items()}
         return [
-            self._opened(item, answers[due[i], item.question.prompt] if i in due else None)
+            self._opened(item, answers[due[i], item.question.asked] if i in due else None)
             for i, item in enumerate(items)
         ]
 
@@ -256,13 +256,13 @@ class Asker:
     def _generate(
         self,
         stage: str,
-        prompts: Sequence[str],
-        caps: Mapping[str, int],
+        prompts: Sequence[Prompt],
+        caps: Mapping[Prompt, int],
         attached: Attached | None,
         store: AnswerStore | None,
-        sent: Mapping[str, int | None] | None = None,
-    ) -> Steps[dict[str, Answer]]:
-        found: dict[str, Answer] = {}
+        sent: Mapping[Prompt, int | None] | None = None,
+    ) -> Steps[dict[Prompt, Answer]]:
+        found: dict[Prompt, Answer] = {}
         limits = [caps[p] for p in prompts]
         to = None if sent is None else [sent[p] for p in prompts]
         each = generate_answers(self.base, self.encoder, prompts, limits, attached, self.batch_size, store, to)
@@ -302,44 +302,44 @@ class Asker:
             yield x
             started = time.perf_counter()
 
-    def _own_memories(self, attached: Attached) -> dict[str, int | None]:
+    def _own_memories(self, attached: Attached) -> dict[Prompt, int | None]:
         """Where an oracle sends each prompt: that of an edit to the memory that learned it, any other to main (None).
 
         A withdrawn edit is in no memory, nor is one that the side memory does not hold.
         """
         own = {e.id: e.memory for e in attached.side_memory.edits if e.memory != MAIN_MEMORY}
-        sent: dict[str, int | None] = dict.fromkeys(self.prompts)
-        return sent | {q.prompt: own.get(q.edit) for q in self.questions if q.edited}
+        sent: dict[Prompt, int | None] = dict.fromkeys(self.prompts)
+        return sent | {q.asked: own.get(q.edit) for q in self.questions if q.edited}
 
-    def _prompts_of(self, which: Iterable[int]) -> list[str]:
-        return list(dict.fromkeys(self.questions[i].prompt for i in which))
+    def _prompts_of(self, which: Iterable[int]) -> list[Prompt]:
+        return list(dict.fromkeys(self.questions[i].asked for i in which))
 
     @cached_property
-    def _caps(self) -> dict[str, int]:
+    def _caps(self) -> dict[Prompt, int]:
         """Tokens each prompt may generate: the most that any question with it asks for."""
-        longest: dict[str, int] = {}
+        longest: dict[Prompt, int] = {}
         for q in self.questions:
-            n = answer_cap(self.base, self.encoder, q.edit, q.prompt, q.wanted)
+            n = answer_cap(self.base, self.encoder, q.edit, q.asked, q.wanted)
             if q.contrast is not None:
-                answer_cap(self.base, self.encoder, q.edit, q.prompt, q.contrast)  # it must fit, too
+                answer_cap(self.base, self.encoder, q.edit, q.asked, q.contrast)  # it must fit, too
             n = n if q.edited else min(n, PROBE_TOKENS)
-            longest[q.prompt] = max(longest.get(q.prompt, 0), n)
+            longest[q.asked] = max(longest.get(q.asked, 0), n)
         return longest
 
     def _row(self, q: Question) -> Row | None:
         if q.wanted:
             return self._pair(q, q.wanted)
         # the base's tokens as it said them: written out and read again they may be others, or more
-        return Row(self.encoder.prompt(q.prompt).prompt, self._answers[q.prompt].ids)
+        return Row(self.encoder.prompt(q.asked).prompt, self._answers[q.asked].ids)
 
     def _pair(self, q: Question, text: str) -> Row:
-        return self.encoder.pair(q.prompt, text, eos=False)
+        return self.encoder.pair(q.asked, text, eos=False)
 
     def _item(
-        self, i: int, answers: Mapping[str, Answer], forced: Mapping[int, Forced], contrasts: Mapping[int, Forced]
+        self, i: int, answers: Mapping[Prompt, Answer], forced: Mapping[int, Forced], contrasts: Mapping[int, Forced]
     ) -> Item:
         q = self.questions[i]
-        a, b = self._answers[q.prompt], answers[q.prompt]
+        a, b = self._answers[q.asked], answers[q.asked]
         led: dict[str, Any] = {}
         if i in forced:
             x, y, row = self._forced[i], forced[i], self._rows[i]
@@ -357,7 +357,7 @@ class Asker:
         q = item.question
         if answer is None:
             return item.with_opened(item.after, item.exact[1])
-        return item.with_opened(answer.text, _right(q, self._answers[q.prompt], answer))
+        return item.with_opened(answer.text, _right(q, self._answers[q.asked], answer))
 
 
 def _open_to(item: Item, memory_of: Mapping[str, int]) -> int | None:

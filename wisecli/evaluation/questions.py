@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from wisecli.data.records import SAME_RELATION, SAME_SUBJECT, UNRELATED, EditRecord
+from wisecli.data.records import SAME_RELATION, SAME_SUBJECT, UNRELATED, EditRecord, Prompt, Said, asked_behind, said_of
 from wisecli.data.stream import EditStream, prompt_key, squeeze
 from wisecli.routing.routers import Route
 
@@ -33,6 +33,7 @@ class Question:
         answer: the dataset's answer to a probe; it only says on which tokens agreement is measured.
         contrast: a text whose probability is compared: for an edit or a rephrase the true answer, for a near probe the
             edit's target; None where the dataset gives no true answer.
+        history: the messages before the prompt, where the edit is a conversation.
     """
 
     edit: str
@@ -41,6 +42,12 @@ class Question:
     target: str | None = None
     answer: str | None = None
     contrast: str | None = None
+    history: tuple[Said, ...] = ()
+
+    @property
+    def asked(self) -> Prompt:
+        """The prompt as it is put to a base."""
+        return asked_behind(self.history, self.prompt)
 
     @property
     def edited(self) -> bool:
@@ -87,6 +94,7 @@ class Item:
         out |= {
             k: v for k, v in (("target", q.target), ("answer", q.answer), ("contrast", q.contrast)) if v is not None
         }
+        out |= {"history": [list(said) for said in q.history]} if q.history else {}
         out |= {"before": self.before, "after": self.after, "exact": list(self.exact)}
         pairs = {"token": self.token, "match": self.match, "answered": self.answered, "nll": self.nll}
         pairs["nll_contrast"] = self.contrast
@@ -98,9 +106,9 @@ class Item:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Item:
         """The item that `to_json` wrote."""
-        question = Question(
-            *(data[k] for k in ("edit", "kind", "prompt")), *(data.get(k) for k in ("target", "answer", "contrast"))
-        )
+        named, texts = ("edit", "kind", "prompt"), ("target", "answer", "contrast")
+        question = Question(*(data[k] for k in named), *(data.get(k) for k in texts))
+        question = replace(question, history=said_of(data.get("history", ())))
         route = data.get("route")
         names = {"token": "token", "match": "match", "answered": "answered", "nll": "nll", "contrast": "nll_contrast"}
         pairs: dict[str, Any] = {k: tuple(data[name]) for k, name in names.items() if name in data}
@@ -144,12 +152,12 @@ def ask_of(stream: EditStream) -> Asked:
     edit of the stream wants something else of the same prompt.
     """
     live = [r for r in stream.records if r.id not in stream.superseded]
-    targets = {prompt_key(r.prompt): squeeze(r.target) for r in live}
-    changed = targets.keys() | {prompt_key(p) for r in live for p in r.rephrases}
+    targets = {prompt_key(r.asked): squeeze(r.target) for r in live}
+    changed = targets.keys() | {prompt_key(asked_behind(r.history, p)) for r in live for p in r.rephrases}
     kept: list[Question] = []
     rephrases = probes = 0
     for q in (q for r in live for q in questions_about(r)):
-        key = prompt_key(q.prompt)
+        key = prompt_key(q.asked)
         if q.kind == REPHRASE and key in targets and targets[key] != squeeze(str(q.target)):
             rephrases += 1
         elif not q.edited and key in changed:
@@ -160,11 +168,11 @@ def ask_of(stream: EditStream) -> Asked:
 
 
 def questions_about(record: EditRecord) -> list[Question]:
-    """The edit itself, its rephrases, its locality probes."""
-    truth = record.truth
-    own = [Question(record.id, EDIT, record.prompt, record.target, contrast=truth)]
-    own += [Question(record.id, REPHRASE, p, record.target, contrast=truth) for p in record.rephrases]
+    """The edit itself, its rephrases, its locality probes; of a conversation, all as its last user turn."""
+    truth, history = record.truth, record.history
+    wordings = [(EDIT, record.prompt), *((REPHRASE, p) for p in record.rephrases)]
+    own = [Question(record.id, kind, p, record.target, contrast=truth, history=history) for kind, p in wordings]
     for probe in record.locality:
         contrast = record.target if truth is not None and probe.near and probe.answer is not None else None
-        own.append(Question(record.id, probe.kind, probe.prompt, answer=probe.answer, contrast=contrast))
+        own.append(Question(record.id, probe.kind, probe.prompt, None, probe.answer, contrast, history))
     return own

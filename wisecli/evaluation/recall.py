@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wisecli.data.pool import ordinary_prompts
+from wisecli.data.records import Prompt
 from wisecli.evaluation.answers import BATCH, Answer, answer_cap, generate_answers
 from wisecli.evaluation.metrics import exact_match, mean
 from wisecli.memory.shard import SUPERSEDED, WITHDRAWN
@@ -74,14 +75,14 @@ def measure(base: Base, side_memory: SideMemory, progress: Callable[[int, int], 
             progress(done, total)
 
     with attach(base.model, side_memory) as attached:
-        answers: dict[str, Answer] = {}
+        answers: dict[Prompt, Answer] = {}
         prompts = list(caps)
         for i, answer in generate_answers(base, encoder, prompts, list(caps.values()), attached):
             answers[prompts[i]] = answer
             report(len(answers))
         opened = _opened(encoder, ordinary, attached, lambda done: report(len(caps) + done))
         router = attached.router.name
-    asked = [(answers[str(e.prompt)], str(e.target)) for e in edits]
+    asked = [(answers[e.asked], str(e.target)) for e in edits]
     return Measured(
         base=base.label,
         dtype=str(base.model.dtype).removeprefix("torch."),
@@ -95,11 +96,11 @@ def measure(base: Base, side_memory: SideMemory, progress: Callable[[int, int], 
     )
 
 
-def _caps(base: Base, encoder: PromptEncoder, edits: Sequence[EditEntry]) -> dict[str, int]:
+def _caps(base: Base, encoder: PromptEncoder, edits: Sequence[EditEntry]) -> dict[Prompt, int]:
     """Each distinct prompt with the tokens its answer may take, by its longest target."""
-    caps: dict[str, int] = {}
+    caps: dict[Prompt, int] = {}
     for e in edits:
-        prompt = str(e.prompt)
+        prompt = e.asked
         n = answer_cap(base, encoder, e.id, prompt, str(e.target))
         caps[prompt] = max(caps.get(prompt, 0), n)
     return caps

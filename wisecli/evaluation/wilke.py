@@ -112,12 +112,12 @@ class WilkeEvaluation:
         """Records with an original answer that the base gives; `original` is filled."""
         records, encoder = self.stream.records, self.asker.encoder
         own = [r for r in records if r.truth is None]
-        caps = [min(_LONGEST, context_of(self.base.model) - len(encoder.prompt(r.prompt))) for r in own]
-        said = dict(generate_answers(self.base, encoder, [r.prompt for r in own], caps))
+        caps = [min(_LONGEST, context_of(self.base.model) - len(encoder.prompt(r.asked))) for r in own]
+        said = dict(generate_answers(self.base, encoder, [r.asked for r in own], caps))
         whole = {r.id: said[i].text for i, r in enumerate(own) if len(said[i].ids) < caps[i] and said[i].text}
         original = {r.id: r.truth if r.truth is not None else whole.get(r.id) for r in records}
         given = [(r, text) for r in records if (text := original[r.id]) and not exact_match(text, r.target)]
-        rows = [encoder.pair(r.prompt, text, eos=False) for r, text in given]
+        rows = [encoder.pair(r.asked, text, eos=False) for r, text in given]
         forced = force(self.base, encoder, rows)
         known = [x for x, row, f in zip(given, rows, forced, strict=True) if all_tokens_match(f.predicted, row.target)]
         self.original = {r.id: text for r, text in known}
@@ -150,11 +150,11 @@ class WilkeEvaluation:
             return kept
         records = [*edited, *untouched]
         encoder = self.asker.encoder
-        rows = [encoder.pair(r.prompt, self.original[r.id], eos=False) for r in records]
-        caps = [answer_cap(self.base, encoder, r.id, r.prompt, self.original[r.id]) for r in records]
+        rows = [encoder.pair(r.asked, self.original[r.id], eos=False) for r in records]
+        caps = [answer_cap(self.base, encoder, r.id, r.asked, self.original[r.id]) for r in records]
         with attached_by(self.base, self._memory(shard), self.router) as attached:
             forced = force(self.base, encoder, rows, attached)
-            said = dict(generate_answers(self.base, encoder, [r.prompt for r in records], caps, attached))
+            said = dict(generate_answers(self.base, encoder, [r.asked for r in records], caps, attached))
         match = _matches(forced, rows)
         exact = [exact_match(said[i].text, self.original[r.id]) for i, r in enumerate(records)]
         n = len(edited)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from wisecli.data.records import Prompt
 from wisecli.evaluation.answers import Answer, answer_cap, generate_answers
 from wisecli.evaluation.metrics import exact_match
 from wisecli.inspection.ledger import outcome_of
@@ -59,7 +60,7 @@ def ask_edits(base: Base, sm: SideMemory, progress: Report | None = None) -> lis
     targets = {e.id: e.target for e in sm.edits}
     found = []
     for e in edits:
-        answer = answers[str(e.prompt)]
+        answer = answers[e.asked]
         said = exact_match(answer.text, str(e.target))
         passed = not _leaks(e, answer, targets) if outcome_of(e) == WITHDRAWN else said
         found.append(AskedEdit(e, outcome_of(e), answer, passed))
@@ -67,8 +68,8 @@ def ask_edits(base: Base, sm: SideMemory, progress: Report | None = None) -> lis
 
 
 def ask_prompts(
-    base: Base, sm: SideMemory, caps: Mapping[str, int], progress: Report | None = None
-) -> dict[str, Answer]:
+    base: Base, sm: SideMemory, caps: Mapping[Prompt, int], progress: Report | None = None
+) -> dict[Prompt, Answer]:
     """The answer to each prompt.
 
     Args:
@@ -78,7 +79,7 @@ def ask_prompts(
         BaseMismatch: the base is another one.
     """
     encoder, prompts = PromptEncoder(base.tokenizer, chat=sm.chat), list(caps)
-    answers: dict[str, Answer] = {}
+    answers: dict[Prompt, Answer] = {}
     with attach(base.model, sm) as attached:
         for i, answer in generate_answers(base, encoder, prompts, list(caps.values()), attached):
             answers[prompts[i]] = answer
@@ -87,7 +88,7 @@ def ask_prompts(
     return answers
 
 
-def unlike_base(base: Base, sm: SideMemory, prompts: Mapping[str, str]) -> list[str]:
+def unlike_base(base: Base, sm: SideMemory, prompts: Mapping[str, Prompt]) -> list[str]:
     """Of some edits' prompts, by id, those that a side memory does not answer with the base's own text.
 
     Raises:
@@ -100,21 +101,21 @@ def unlike_base(base: Base, sm: SideMemory, prompts: Mapping[str, str]) -> list[
     return [edit for edit, prompt in prompts.items() if answers[prompt].ids != plain[prompt]]
 
 
-def caps_of(base: Base, sm: SideMemory, edits: Sequence[EditEntry]) -> dict[str, int]:
+def caps_of(base: Base, sm: SideMemory, edits: Sequence[EditEntry]) -> dict[Prompt, int]:
     """Each distinct prompt of some edits with the tokens its answer may take, by its longest target.
 
     Raises:
         InputError: an edit does not fit the base's context.
     """
     encoder = PromptEncoder(base.tokenizer, chat=sm.chat)
-    caps: dict[str, int] = {}
+    caps: dict[Prompt, int] = {}
     for e in edits:
-        cap = answer_cap(base, encoder, e.id, str(e.prompt), e.target)
-        caps[str(e.prompt)] = max(caps.get(str(e.prompt), 0), cap)
+        cap = answer_cap(base, encoder, e.id, e.asked, e.target)
+        caps[e.asked] = max(caps.get(e.asked, 0), cap)
     return caps
 
 
-def caps_of_prompts(base: Base, sm: SideMemory, prompts: Sequence[str]) -> dict[str, int]:
+def caps_of_prompts(base: Base, sm: SideMemory, prompts: Sequence[Prompt]) -> dict[Prompt, int]:
     """Prompts that no target is known of, each with the tokens its answer may take.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from wisecli.data.records import Prompt
 from wisecli.data.stream import prompt_key
 from wisecli.evaluation.answers import Answer
 from wisecli.evaluation.metrics import normalise
@@ -17,7 +18,7 @@ from wisecli.inspection.source import MergedSource
 from wisecli.memory.files import load_tensors
 from wisecli.models.base import Base
 
-_COMPARED = ("id", "prompt", "target", "outcome", "memory")
+_COMPARED = ("id", "history", "prompt", "target", "outcome", "memory")
 _NO_SETTING = ("edits", "statistics", "format")
 Two = tuple[Any, Any]
 
@@ -128,7 +129,7 @@ def compare_answers(
         InputError: a prompt does not fit the base's context.
     """
     both = (a.side_memory, b.side_memory)
-    caps: dict[str, int] = {}
+    caps: dict[Prompt, int] = {}
     for sm in both:
         edits = [e for e in sm.edits if e.prompt is not None]
         mine = caps_of(base, sm, edits) if prompts is None else caps_of_prompts(base, sm, prompts)
@@ -141,7 +142,7 @@ def compare_answers(
                 progress(before + done, 2 * total)
 
         said.append(ask_prompts(base, sm, caps, report))
-    pairs = [AnswerPair(p, said[0][p], said[1][p]) for p in caps]
+    pairs = [AnswerPair(str(p), said[0][p], said[1][p]) for p in caps]
     return [x for x in pairs if normalise(x.a.text) != normalise(x.b.text)], len(caps)
 
 
@@ -156,10 +157,10 @@ def _paired(
     by_prompt: dict[str, list[LedgerLine]] = {}
     for line in rest_b:
         if line.prompt is not None:
-            by_prompt.setdefault(prompt_key(line.prompt), []).append(line)
+            by_prompt.setdefault(prompt_key(line.asked), []).append(line)
     only_a = []
     for line in rest_a:
-        alike = by_prompt.get(prompt_key(line.prompt), []) if line.prompt is not None else []
+        alike = by_prompt.get(prompt_key(line.asked), []) if line.prompt is not None else []
         if alike:
             pairs.append((line, alike.pop(0)))
         else:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
+from wisecli.data.records import Prompt, Said, asked_behind, said_of
 from wisecli.data.stream import prompt_key
 from wisecli.errors import InputError, UsageError
 from wisecli.inspection.source import RunSource, Source
@@ -29,7 +30,7 @@ class LedgerLine:
 
     Attributes:
         id, outcome: took, failed, superseded or withdrawn.
-        prompt, target: None when texts were left out.
+        prompt, target: None when texts were left out; `history` holds the messages before the prompt, if any.
         shard: that learned it; `memory` of the side memory that holds it, -1 for main memory.
         by: the edit that superseded it, where that is known.
         time: when it was learned, ISO-8601 in UTC.
@@ -41,6 +42,7 @@ class LedgerLine:
     outcome: str
     prompt: str | None = None
     target: str | None = None
+    history: tuple[Said, ...] | None = None
     subject: str | None = None
     shard: int | None = None
     memory: int | None = None
@@ -50,6 +52,11 @@ class LedgerLine:
     time: str | None = None
     indicator: float | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> Prompt:
+        """The prompt as it is put to a base; to be asked for where texts are known."""
+        return asked_behind(self.history, str(self.prompt))
 
     @property
     def in_force(self) -> bool:
@@ -127,24 +134,26 @@ def _run_lines(source: RunSource) -> list[LedgerLine]:
 
 
 def _of_mapping(line: Mapping[str, Any]) -> LedgerLine:
-    named = ("id", "outcome", "prompt", "target", "memory", *_KNOWN)
+    named = ("id", "outcome", "prompt", "target", "history", "memory", *_KNOWN)
     given = {k: line[k] for k in named if line.get(k) is not None}
     more = {k: v for k, v in line.items() if k not in named}
+    given |= {"history": said_of(line["history"])} if line.get("history") else {}
     return LedgerLine(**{"id": str(line["id"]), "outcome": str(line["outcome"])} | given, more=more)
 
 
 def _of_entry(entry: EditEntry) -> LedgerLine:
     known = {k: entry.details[k] for k in _KNOWN if k in entry.details}
     more = {k: v for k, v in entry.details.items() if k not in (*_KNOWN, "outcome")}
-    line = LedgerLine(entry.id, outcome_of(entry), entry.prompt, entry.target, memory=entry.memory)
+    texts = (entry.prompt, entry.target, entry.history)
+    line = LedgerLine(entry.id, outcome_of(entry), *texts, memory=entry.memory)
     return replace(line, **known, more=more)
 
 
 def _settled(lines: list[LedgerLine]) -> list[LedgerLine]:
     """With what superseded an edit where it was not written down: of equal prompts the last one counts."""
-    last = {prompt_key(line.prompt): line.id for line in lines if line.prompt is not None and line.in_force}
+    last = {prompt_key(line.asked): line.id for line in lines if line.prompt is not None and line.in_force}
     return [
-        replace(line, by=last.get(prompt_key(line.prompt)))
+        replace(line, by=last.get(prompt_key(line.asked)))
         if line.outcome == SUPERSEDED and line.by is None and line.prompt is not None
         else line
         for line in lines

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from wisecli.data.records import Prompt, Said, asked_behind, said_of
 from wisecli.errors import InputError, UsageError
 from wisecli.memory.bits import SparseDelta
 from wisecli.memory.files import check_version, load_tensors, save_tensors
@@ -50,7 +51,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class EditEntry:
-    """An edit as the artifact knows it; `prompt` and `target` are None when texts were left out."""
+    """An edit as the artifact knows it; `prompt` and `target` are None when texts were left out.
+
+    `history` holds the messages before the prompt, None where there are none.
+    """
 
     id: str
     memory: int
@@ -58,6 +62,18 @@ class EditEntry:
     prompt: str | None = None
     target: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Said, ...] | None = None
+
+    @property
+    def asked(self) -> Prompt:
+        """The prompt as it is put to a base; to be asked for where texts are known."""
+        return asked_behind(self.history, str(self.prompt))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EditEntry:
+        """The entry of a manifest; unknown keys are left out."""
+        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
+        return cls(**known | ({"history": said_of(known["history"])} if known.get("history") else {}))
 
 
 @dataclass(frozen=True)
@@ -178,14 +194,13 @@ class SideMemory:
             for i, m in enumerate(manifest["memories"])
         )
         space = KeySpace(*(tensors[f"keys.{name}"] for name in ("mean", "projection", "scale")))
-        fields = EditEntry.__dataclass_fields__.keys()
         return cls(
             base=dict(manifest["base"]),
             site=site,
             rule=ContentRule.from_json(manifest["content_rule"]),
             memories=memories,
             keys=KeyStore(space, *(tensors[f"keys.{name}"] for name in ("vectors", "owner", "crowding"))),
-            edits=tuple(EditEntry(**{k: v for k, v in e.items() if k in fields}) for e in manifest["edits"]),
+            edits=tuple(EditEntry.from_json(e) for e in manifest["edits"]),
             router=manifest.get("router", "key"),
             chat=manifest.get("chat", False),
             config=manifest.get("config", {}),
@@ -193,6 +208,13 @@ class SideMemory:
             versions=manifest.get("versions", {}),
             extra={k: v for k, v in manifest.items() if k not in known},
         )
+
+    def asked_in(self, chat: bool, rule: ContentRule) -> SideMemory:
+        """The same side memory for prompts rendered with a chat template or without, whose content a rule tells.
+
+        Where it was learned that way its own rule stays.
+        """
+        return self if chat == self.chat else replace(self, rule=rule)
 
     def scoped(self, scope: str, router: str | None = None) -> SideMemory:
         """The same side memory with the key router's thresholds of another scope, used by the router named.
@@ -239,7 +261,7 @@ class SideMemory:
     def without_texts(self, withdrawn_only: bool = False) -> SideMemory:
         """The same side memory with the prompts and targets of its edits, or of withdrawn ones, left out; ids stay."""
         edits = (
-            e if withdrawn_only and e.memory != MAIN_MEMORY else replace(e, prompt=None, target=None)
+            e if withdrawn_only and e.memory != MAIN_MEMORY else replace(e, prompt=None, target=None, history=None)
             for e in self.edits
         )
         return replace(self, edits=tuple(edits))

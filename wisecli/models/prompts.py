@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wisecli.data.records import Conversation, Prompt
 from wisecli.errors import InputError, UsageError
 from wisecli.models.template import ChatTemplate, special_ids
 
@@ -188,8 +189,13 @@ class PromptEncoder:
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None else (self.eos[0] if self.eos else 0)
 
-    def prompt(self, text: str) -> Row:
-        """Token row of a prompt alone, as generation starts from it."""
+    def prompt(self, text: Prompt) -> Row:
+        """Token row of a prompt alone, as generation starts from it.
+
+        Raises:
+            InputError: it has no tokens.
+            UsageError: a conversation, and there is no chat template, or one that does not take it.
+        """
         return _row(self._start(text)[1])
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> Row:
@@ -201,10 +207,10 @@ class PromptEncoder:
         if self._template is not None:
             return _row(self._template.ids(self._template.text(messages)))
         if len(messages) != 1:
-            raise UsageError("A conversation of several messages needs a chat template.", hint="Ask one question.")
+            raise _needs_template()
         return self.prompt(messages[0]["content"])
 
-    def pair(self, prompt: str, target: str, *, eos: bool = True) -> Row:
+    def pair(self, prompt: Prompt, target: str, *, eos: bool = True) -> Row:
         """Token row of a prompt followed by its target.
 
         The target begins as decoding begins: in plain text after a space, in a chat template right behind the
@@ -218,7 +224,7 @@ class PromptEncoder:
             said = target.lstrip()
             said = self._template.lead + said if said else ""
         else:
-            said = target if prompt[-1:].isspace() or target[:1].isspace() else f" {target}"
+            said = target if text[-1:].isspace() or target[:1].isspace() else f" {target}"
         joint = self._joint(text + said)
         whole = joint[: len(start)] == start and len(joint) > len(start)
         tail = joint[len(start) :] if whole else self._behind(said)
@@ -226,23 +232,39 @@ class PromptEncoder:
             raise InputError("The target has no tokens.", hint="Give a target with at least one character.")
         return Row(start, tail + (self.eos if eos else ()))
 
-    def _start(self, prompt: str) -> tuple[str, tuple[int, ...]]:
+    def unwritable(self, row: Row) -> tuple[str, ...]:
+        """Tokens of a row's target that no answer shows: special ones, and what stands for text unknown to the base."""
+        said = row.target[:-1] if self.eos and row.target[-1:] == self.eos else row.target
+        return tuple(str(self.tokenizer.convert_ids_to_tokens(i)) for i in dict.fromkeys(said) if i in self.special)
+
+    def _start(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
         """The text that generation starts from, and its ids."""
         if self._template is not None:
-            text = self._template.text([{"role": "user", "content": prompt}])
+            talk = prompt if isinstance(prompt, Conversation) else Conversation((), prompt)
+            text = self._template.text(talk.messages)
             return text, self._template.ids(text)
+        if isinstance(prompt, Conversation):
+            raise _needs_template()
         return prompt, self._joint(prompt)
 
     def _joint(self, text: str) -> tuple[int, ...]:
-        """Ids of a whole text, with what the tokenizer puts before texts unless a template does; none ends them."""
-        ids = tuple(self.tokenizer(text, add_special_tokens=self._template is None)["input_ids"])
-        return ids[:-1] if self.eos and ids[-1:] == self.eos and len(ids) > 1 and self._template is None else ids
+        """Ids of a whole text, with what the tokenizer puts before texts unless a template does; nothing ends them."""
+        ids = self._ids(text, self._template is None)
+        return ids[: len(ids) - self._behind_texts] if self._template is None else ids
+
+    def _ids(self, text: str, special: bool) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    @cached_property
+    def _behind_texts(self) -> int:
+        """How many tokens the tokenizer puts behind every text, such as an end or a separator."""
+        whole, bare = self._ids("a", True), self._ids("a", False)
+        behind = len(whole) - len(bare)
+        return next((behind - k for k in range(behind + 1) if whole[k : k + len(bare)] == bare), 0)
 
     def _behind(self, text: str) -> tuple[int, ...]:
         """Ids of a text that stands behind another: without the piece some tokenizers put where a text begins."""
-        mark, marked, alone = (
-            tuple(self.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in ("\n", f"\n{text}", text)
-        )
+        mark, marked, alone = (self._ids(t, False) for t in ("\n", f"\n{text}", text))
         return marked[len(mark) :] if text and marked[: len(mark)] == mark else alone
 
     def batch(self, rows: Sequence[Row], *, side: str = "left") -> Batch:
@@ -264,6 +286,13 @@ class PromptEncoder:
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of generated ids: special tokens dropped, surrounding whitespace stripped."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def _needs_template() -> UsageError:
+    return UsageError(
+        "A conversation of several messages needs a chat template.",
+        hint="Use the base's with --chat, where it has one, or ask one question alone.",
+    )
 
 
 def _row(ids: tuple[int, ...]) -> Row:

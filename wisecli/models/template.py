@@ -30,6 +30,7 @@ _SAID = (("Zebras drink", "Grass"), ("7 quick words!", "Slow."), ("Why", "Becaus
 _RULES = ("Speak softly", "Answer in 7 words.", "Be kind\n")  # system messages
 _ANSWER = "Walruses"
 _INSTEAD = "Use --no-chat."
+_NO_SYSTEM = "Leave the system message (--system) out, or say it in the question."
 
 
 class ChatTemplate:
@@ -37,7 +38,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: with a chat template.
-        system: a system message that stands before every conversation.
+        system: a system message that stands before every conversation that has none of its own.
 
     Attributes:
         openings: what stands before the words of the last user turn; any of them may.
@@ -55,20 +56,27 @@ class ChatTemplate:
         self._check_words()
         self.openings = self._find_openings()
         self.closings = self._find_closings()
-        self._check_system()
+        fault = self._system_fault(system) if system else None
+        if fault:
+            raise UsageError(fault, hint=_NO_SYSTEM)
 
     # -- rendering -----------------------------------------------------------------------------------------------------
 
     def text(self, messages: Messages, *, answering: bool = True) -> str:
-        """A conversation as text, with the system message, and with the generation prompt where `answering`."""
-        said = [*([_says("system", self.system)] if self.system else []), *messages]
+        """A conversation as text, with the system message, and with the generation prompt where `answering`.
+
+        Raises:
+            UsageError: the template refuses the conversation, or cannot keep its system message apart.
+        """
+        own = messages[0]["role"] == "system"
+        if own and self._own_system_fault:
+            raise UsageError(self._own_system_fault, hint=_NO_SYSTEM)
+        said = messages if own or not self.system else [_says("system", self.system), *messages]
         try:
             return self._rendered(said, answering)
         except _Refused as e:
-            raise UsageError(
-                f"The chat template of this base refuses these messages: {e}",
-                hint="Leave --system out." if self.system else _INSTEAD,
-            ) from e
+            hint = _NO_SYSTEM if own or self.system else _INSTEAD
+            raise UsageError(f"The chat template of this base refuses these messages: {e}", hint=hint) from e
 
     def ids(self, text: str) -> Ids:
         """Ids of rendered text. Only the template adds special tokens: one BOS, not two."""
@@ -126,19 +134,25 @@ class ChatTemplate:
                 hint=_INSTEAD,
             )
 
-    def _check_system(self) -> None:
-        if not self.system:
-            return
-        asked = [_says("user", _PLAIN[0])]
-        text = self.text(asked)  # says why, where the template refuses
-        if self.system.strip() not in text:
-            raise UsageError("The chat template of this base leaves a system message out.", hint="Leave --system out.")
+    @cached_property
+    def _own_system_fault(self) -> str | None:
+        """Why no conversation can have a system message of its own; None where it can."""
+        return self._system_fault(_RULES[0])
+
+    def _system_fault(self, system: str) -> str | None:
+        """Why a conversation cannot be rendered with a system message; None where it can."""
+        try:
+            text = self._rendered([_says("system", system), _says("user", _PLAIN[0])])
+        except _Refused as e:
+            return f"The chat template of this base refuses a system message: {e}"
+        if system.strip() not in text:
+            return "The chat template of this base leaves a system message out."
         if not self._separate:
-            raise UsageError(
+            return (
                 "The chat template of this base puts the system message into the user's turn, with nothing to mark "
-                "where it ends.",
-                hint="Leave --system out, and say it in the question.",
+                "where it ends."
             )
+        return None
 
     @cached_property
     def _separate(self) -> bool:
