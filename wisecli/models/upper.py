@@ -14,7 +14,8 @@ Shapes: `B` rows, `T` tokens, `F` FFN width, `D` model width, `n` supervised pos
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from wisecli.errors import ModelError
-from wisecli.models.prompts import PromptEncoder, Row, last_content
-from wisecli.models.site import EditSite, decoder_layers
+from wisecli.models.prompts import Batch, PromptEncoder, Row, last_content
+from wisecli.models.site import EditSite, as_passed_on, decoder_layers, foreign, residual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,8 @@ class CapturedRow:
 
     `stream` is the edited layer's own output when the projection is added to it unchanged, else the layer's input.
     `content` [T] marks the prompt's content tokens. `entry` [D] is the residual stream that enters the edited layer, at
-    the last content token: what the prompt's key is made of.
+    the last content token: what the prompt's key is made of. Of S residual streams, `stream` is [T, S, D] and `entry`
+    [S D]. `beside` is what lower layers leave to upper ones past the stream, as keys and values that these share.
     """
 
     ids: Tensor
@@ -48,6 +50,7 @@ class CapturedRow:
     a: Tensor
     stream: Tensor
     entry: Tensor
+    beside: Any = None
 
     @property
     def last(self) -> Tensor:
@@ -69,8 +72,9 @@ class UpperModel:
         self.layers = decoder_layers(model)
         self.ffn = site.module(model)
         self.additive = False
-        self._tuple_rest: tuple[Any, ...] | None = None
-        self._probe()
+        self._rest: tuple[Any, ...] | None = None
+        with foreign(model, "running its upper layers on their own"):
+            self._probe()
 
     @torch.no_grad()
     def capture(self, rows: Sequence[Row], batch_size: int = 32) -> list[CapturedRow]:
@@ -80,7 +84,7 @@ class UpperModel:
         for at in range(0, len(order), batch_size):
             picked = order[at : at + batch_size]
             batch = self.encoder.batch([rows[i] for i in picked], side="right").to(self.model.device)
-            a, stream, entry = self._run_lower(batch.inputs)
+            a, stream, entry, beside = self._run_lower(batch.inputs)
             last = last_content(batch.content)
             for k, i in enumerate(picked):
                 n = len(rows[i])
@@ -90,7 +94,8 @@ class UpperModel:
                     batch.content[k, :n].clone(),
                     a[k, :n].clone(),
                     stream[k, :n].clone(),
-                    entry[k, last[k]].clone(),
+                    entry[k, last[k]].flatten().clone(),
+                    _cut(beside, k, n),
                 )
         return [r for r in out if r is not None]
 
@@ -124,9 +129,9 @@ class UpperModel:
                     a = pad_sequence([r.a for r in rows], batch_first=True)
                     side = F.linear(a.to(delta.dtype), delta)
                 stream = stream if side is None else stream + side.to(stream.dtype)
-                stack.enter_context(self._stubbed(self.site.layer + 1, stream))
+                stack.enter_context(self._stubbed(self.site.layer + 1, stream, rows))
             else:
-                stack.enter_context(self._stubbed(self.site.layer, stream))
+                stack.enter_context(self._stubbed(self.site.layer, stream, rows))
                 if delta is not None:
                     stack.enter_context(_hooked(self.ffn, lambda a, y: y + _side(a, delta, y)))
             stack.enter_context(head_at(self.model, wanted))
@@ -135,25 +140,33 @@ class UpperModel:
 
     # -- the pieces ---------------------------------------------------------------------------------------------------
 
-    def _run_lower(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """`a` [B, T, F], the stream and the layer's input [B, T, D] of a right-padded batch."""
+    def _run_lower(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """`a` [B, T, F], the stream and the layer's input [B, T, D] of a right-padded batch, and what goes past it."""
         box: dict[str, Any] = {}
+
+        def start(mod: nn.Module, args: Any, kwargs: Any) -> None:
+            box["start"] = {k: set(v) for k, v in _mappings(kwargs)}
 
         def seen(mod: nn.Module, args: Any, out: Any) -> None:
             box["a"] = args[0]
 
         def enter(mod: nn.Module, args: Any, kwargs: Any) -> None:
             box["in"] = args[0] if args else kwargs["hidden_states"]
+            if not self.additive:
+                box["beside"] = _added(box["start"], kwargs)
 
-        def leave(mod: nn.Module, args: Any, out: Any) -> None:
+        def leave(mod: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             box["out"] = out
+            if self.additive:
+                box["beside"] = _added(box["start"], kwargs)
             raise _Enough
 
         layer = self.layers[self.site.layer]
         handles = [
+            self.layers[0].register_forward_pre_hook(start, with_kwargs=True),
             self.ffn.register_forward_hook(seen),
             layer.register_forward_pre_hook(enter, with_kwargs=True),
-            layer.register_forward_hook(leave),
+            layer.register_forward_hook(leave, with_kwargs=True),
         ]
         try:
             self.model(**inputs, use_cache=False)
@@ -163,20 +176,28 @@ class UpperModel:
             for h in handles:
                 h.remove()
         out = box["out"]
-        self._tuple_rest = tuple(out[1:]) if isinstance(out, tuple) else None
-        stream = (out[0] if isinstance(out, tuple) else out) if self.additive else box["in"]
-        return box["a"].view(*stream.shape[:2], -1), stream, box["in"]
+        self._rest = (type(out), tuple(out[1:])) if isinstance(out, tuple | list) else None
+        rows, tokens = inputs["input_ids"].shape
+        first = (out if self._rest is None else out[0]) if self.additive else box["in"]
+        stream, entry = (residual(self.model, h, rows, tokens) for h in (first, box["in"]))
+        return box["a"].view(rows, tokens, -1), stream, entry, box["beside"]
 
     @contextlib.contextmanager
-    def _stubbed(self, below: int, stream: Tensor) -> Iterator[None]:
+    def _stubbed(self, below: int, stream: Tensor, rows: Sequence[CapturedRow]) -> Iterator[None]:
         """Layers < `below` pass their input on; the last of them returns `stream`. Undone in any case."""
         saved: list[tuple[nn.Module, Any]] = []
-        wrap = (lambda h: h) if self._tuple_rest is None else (lambda h: (h, *self._tuple_rest))
+        stream = as_passed_on(self.model, stream)
+        beside = _padded([r.beside for r in rows])
+
+        def wrap(h: Any) -> Any:
+            return h if self._rest is None else self._rest[0]((h, *self._rest[1]))
 
         def passing(hidden: Any = None, *args: Any, hidden_states: Any = None, **kwargs: Any) -> Any:
             return wrap(hidden if hidden is not None else hidden_states)
 
         def returning(*args: Any, **kwargs: Any) -> Any:
+            for name, states in (beside or {}).items():
+                kwargs[name].update(states)
             return wrap(stream)
 
         handle = None
@@ -209,25 +230,45 @@ class UpperModel:
         captured = self.capture(rows)
         replayed, _ = self.logits(captured, None)
         batch = self.encoder.batch(rows, side="right").to(self.model.device)
-        full = self.model(**batch.inputs, use_cache=False).logits[:, :-1][batch.labels[:, 1:] != -100]
-        scale = _REPLAY_TOLERANCE * (1 if full.dtype == torch.float32 else 20) * (1 + full.abs().max())
-        if replayed.shape != full.shape or (replayed - full).abs().max() > scale:
+        differ = self._differs(replayed, batch, self._positions(batch))
+        if differ and not self._differs(replayed, batch, {}):
+            raise ModelError(
+                f"{type(self.model).__name__} counts positions in generate otherwise than in a plain forward: "
+                f"what is learned would not be what is generated.",
+                hint="Take another base.",
+            )
+        if differ:
             raise ModelError(
                 f"The upper layers of {type(self.model).__name__} cannot be run on their own: "
                 f"replayed logits differ from the model's.",
                 hint="Choose another layer with --layer.",
             )
 
+    def _positions(self, batch: Batch) -> dict[str, Tensor]:
+        """Positions as `generate` gives them, where the model takes any."""
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            return {}
+        return {"position_ids": (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)}
+
+    def _differs(self, replayed: Tensor, batch: Batch, positions: dict[str, Tensor]) -> bool:
+        """Whether logits at supervised positions are not those of the whole model."""
+        logits = self.model(**batch.inputs, **positions, use_cache=False).logits
+        full = logits[:, :-1][batch.labels[:, 1:] != -100]
+        scale = _REPLAY_TOLERANCE * (1 if full.dtype == torch.float32 else 20) * (1 + full.abs().max())
+        return replayed.shape != full.shape or not bool((replayed - full).abs().max() <= scale)
+
     def _is_additive(self, rows: Sequence[Row]) -> bool:
         """Whether adding d to the projection's output adds exactly d to the layer's output."""
         batch = self.encoder.batch(rows, side="right").to(self.model.device)
         self.additive = True
         plain = self._run_lower(batch.inputs)[1]
+        if plain.dim() != 3 or plain.shape[-1] != self.site.d_out:  # several residual streams
+            return False
         d = torch.linspace(-1, 1, plain.shape[-1], device=plain.device, dtype=plain.dtype) * plain.std()
         with _hooked(self.ffn, lambda a, y: y + d):
             moved = self._run_lower(batch.inputs)[1]
         tolerance = 1e-4 if plain.dtype == torch.float32 else 2e-2
-        return plain.dim() == 3 and bool(((moved - plain - d).abs() <= tolerance * (1 + plain.abs())).all())
+        return bool(((moved - plain - d).abs() <= tolerance * (1 + plain.abs())).all())
 
 
 @torch.no_grad()
@@ -259,11 +300,44 @@ def entries_at(
             for h in handles:
                 h.remove()
         last = last_content(batch.content)
-        yield picked, {i: h[torch.arange(len(picked), device=h.device), last] for i, h in box.items()}
+        streams = {i: residual(model, h, *batch.input_ids.shape) for i, h in box.items()}
+        yield picked, {i: h[torch.arange(len(picked), device=h.device), last].flatten(1) for i, h in streams.items()}
 
 
 class _Enough(Exception):
     """Ends a forward pass once everything of interest is known."""
+
+
+def _mappings(kwargs: Any) -> list[tuple[str, MutableMapping[Any, Any]]]:
+    """Those arguments of a layer that layers may write to for others to read."""
+    return [(k, v) for k, v in kwargs.items() if isinstance(v, MutableMapping)]
+
+
+def _added(start: dict[str, set[Any]], kwargs: Any) -> dict[str, dict[Any, Any]]:
+    """What has been written there since the first layer was entered."""
+    found = {name: {k: v for k, v in m.items() if k not in start.get(name, ())} for name, m in _mappings(kwargs)}
+    return {name: new for name, new in found.items() if new}
+
+
+def _cut(beside: Any, row: int, n: int) -> Any:
+    """What goes past the stream of one row, without padding: its keys and values [H, n, d]; None for nothing."""
+    if isinstance(beside, dict):
+        return {k: _cut(v, row, n) for k, v in beside.items()} or None
+    if isinstance(beside, tuple | list):
+        return tuple(_cut(v, row, n) for v in beside)
+    return beside[row, :, :n].clone()
+
+
+def _padded(beside: Sequence[Any]) -> Any:
+    """What goes past the streams of rows, as a batch: keys and values [B, H, T, d]."""
+    first = beside[0]
+    if first is None:
+        return None
+    if isinstance(first, dict):
+        return {k: _padded([b[k] for b in beside]) for k in first}
+    if isinstance(first, tuple):
+        return tuple(_padded(each) for each in zip(*beside, strict=True))
+    return pad_sequence([b.transpose(0, 1) for b in beside], batch_first=True).transpose(1, 2)
 
 
 def _side(a: Tensor, delta: Tensor, y: Tensor) -> Tensor:
