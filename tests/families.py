@@ -18,19 +18,19 @@ _SAME = (
     "router_hidden_size ple_embed_dim pronunciation_embed_dim shape_embed_dim o_lora_rank"),
     (FFN, "intermediate_size ffn_dim n_inner ffn_hidden_size dim_ff dff d_inner feed_forward_size mlp_hidden_size "
     "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size intermediate_size_mlp "
-    "expert_ffn_hidden_size decoder_ffn_dim encoder_ffn_dim shared_intermediate_size"),
+    "expert_ffn_hidden_size decoder_ffn_dim encoder_ffn_dim shared_intermediate_size moe_shared_expert_intermediate_size"),
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers encoder_layers"),
     (HEADS, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
-    "linear_num_value_heads linear_num_key_heads linear_num_heads swa_num_attention_heads mamba_n_heads "
+    "linear_num_value_heads linear_num_key_heads linear_num_heads swa_num_attention_heads mamba_n_heads mamba_num_heads "
     "n_routed_experts num_local_experts num_experts moe_num_experts zero_expert_num o_groups"),
     (2, "num_key_value_heads swa_num_key_value_heads num_global_key_value_heads num_experts_per_tok "
     "num_experts_per_token moe_k moe_topk index_n_heads"),
     (8, "head_dim d_head swa_head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim rotary_dim global_head_dim "
     "linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim index_topk sliding_window "
-    "sliding_window_size attention_window_size mamba_chunk_size chunk_size mamba_d_state state_size "
+    "sliding_window_size attention_window_size mamba_chunk_size chunk_size mamba_d_state state_size ssm_state_size mamba_head_dim "
     "hidden_size_per_layer_input laurel_rank"),
     (16, "kv_lora_rank q_lora_rank mamba_d_head query_pre_attn_scalar"),
-    (1, "n_group topk_group num_expert_group first_k_dense_replace n_shared_experts num_dense_layers"),
+    (1, "n_group n_groups topk_group num_expert_group first_k_dense_replace n_shared_experts num_dense_layers"),
     (CONTEXT, "max_position_embeddings n_positions n_ctx seq_length max_seq_len max_sequence_length model_max_length"),
 )
 SIZES = {name: size for size, names in _SAME for name in names.split()}

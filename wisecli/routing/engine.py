@@ -263,8 +263,8 @@ class OnModel:
             self._note(call.rows, call.routes)
             return
         call.prompts = read_prompts(bound, self._generation.get(), self._lengths.get())
-        if not call.asked.across:
-            return
+        if not call.asked.across and not bound.get("logits_to_keep"):
+            return  # a decoder that is told of it may run its upper layers on the last tokens alone
         first = _Call(call.rows, prompts=call.prompts, asked=call.asked, ahead=True)
         token = self._ahead.set(first)
         try:
@@ -377,7 +377,7 @@ def _without_cache(bound: Mapping[str, Any], width: int) -> dict[str, Any]:
             return {k: cut(v) for k, v in mask.items()}
         return mask[..., :width] if isinstance(mask, Tensor) and mask.dim() == 4 else mask
 
-    dropped = ("past_key_values", "use_cache", "cache_position")
+    dropped = ("past_key_values", "use_cache", "cache_position", "logits_to_keep")
     kept = {k: v for k, v in bound.items() if k not in dropped}
     return {**kept, "attention_mask": cut(kept.get("attention_mask")), "use_cache": False}
 
