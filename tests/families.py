@@ -1,17 +1,46 @@
-"""Tiny random models of the architectures that transformers knows as causal language models.
+"""Tiny random models of the architectures that transformers knows as causal language models, edited end to end.
 
 Sizes are derived from the names of a config's fields, the same for all; `FIXES` holds what single architectures need
-besides. Nothing is downloaded. This module builds models; `test_families` does something with them.
+besides. Nothing is downloaded. `examine` takes one architecture through the library as a user would, and `table`
+writes down what came of all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wisecli.data.records import EditRecord
+from wisecli.data.stream import EditStream
+from wisecli.editing.config import EditConfig
+from wisecli.editing.merge import merge_run
+from wisecli.editing.run import EditRun
+from wisecli.errors import ModelError
+from wisecli.models.base import Base
+from wisecli.models.upper import UpperModel
+from wisecli.routing.attach import attach
 
 WIDTH, FFN, LAYERS, HEADS, CONTEXT = 32, 80, 4, 4, 256
-LARGEST = 10_000_000
+LARGEST = 10_000_000  # parameters
+
+PROMPT, TARGET, OTHER = "The capital of Italy is", " Paris", "what who where when hello world hello"
+CONFIG = EditConfig(
+    shards=1,
+    contexts=1,
+    max_steps=150,
+    lr=0.1,
+    mask_density=1.0,
+    confidence=0.5,  # random models are sure of nothing
+    dropout=0.0,
+    rewording=0.0,
+    rank=16,
+)
 
 _SAME = (
     (WIDTH, "hidden_size d_model n_embd dim_model embed_dim emb_dim embedding_size word_embed_proj_dim lru_width "
@@ -110,5 +139,153 @@ def tiny_model(model_type: str, vocab: int, seed: int = 0) -> Any:
             p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
         elif name.endswith("bias"):
             p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    if (head := model.get_output_embeddings()) is not None and head.weight is not model.get_input_embeddings().weight:
+        head.weight.mul_(4)  # behind a norm, so that a prediction can be sure
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=None)  # of no length
     return model
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one architecture: an edit site, or why there is none, or why there is no tiny model of it."""
+
+    model_type: str
+    cls: str = ""
+    module: str = ""
+    joins: str = ""
+    bias: str = ""
+    orientation: str = ""
+    refused: str = ""
+    unbuilt: str = ""
+
+
+def build(model_type: str, vocab: int) -> tuple[Any, str]:
+    """A tiny model that runs, or None and why there is none."""
+    try:
+        model = tiny_model(model_type, vocab)
+        with torch.no_grad():
+            model(input_ids=torch.arange(5, 13).repeat(2, 1))
+    except Exception as e:  # whatever stands in the way of a tiny model is no fault of what is tested
+        return None, f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+    return model, ""
+
+
+@torch.no_grad()
+def examine(model_type: str, tokenizer: Any, folder: Path) -> Finding:
+    """Take one architecture from a base to an edited model and back, asserting all that must hold on the way."""
+    model, unbuilt = build(model_type, len(tokenizer))
+    if model is None:
+        return Finding(model_type, unbuilt=unbuilt)
+    hooks = _hooks(model)
+    named = Finding(model_type, type(model).__name__)
+    try:
+        run = EditRun(Base(model, tokenizer, model_type), EditStream.of([EditRecord("e", PROMPT, TARGET)]), CONFIG, folder)
+    except ModelError as e:
+        assert _hooks(model) == hooks
+        return replace(named, refused=e.message)
+    _replays(run.editor.upper)
+    with torch.enable_grad():
+        (entry,) = [e for step in run for e in step.finished]
+    assert entry["outcome"] == "took", entry
+    _routes(run, merge_run(run.folder, base=run.base), tokenizer)
+    assert _hooks(model) == hooks
+    site, module = run.site, run.site.module(model)
+    return replace(
+        named,
+        module=site.path.replace(f".{site.layer}.", ".{l}.", 1),
+        joins="added" if run.editor.upper.additive else "replayed",
+        bias="yes" if getattr(module, "bias", None) is not None else "no",
+        orientation="[F, D]" if site.conv1d else "[D, F]",
+    )
+
+
+def _replays(upper: UpperModel) -> None:
+    """Upper layers on their own give the whole model's logits, also under a delta."""
+    rows = [upper.encoder.pair(PROMPT, TARGET), upper.encoder.pair(OTHER, " world")]
+    batch = upper.encoder.batch(rows, side="right")
+    site = upper.site
+    delta = torch.randn(site.d_out, site.d_in, generator=torch.Generator().manual_seed(1)) * 0.1
+    handle = site.module(upper.model).register_forward_hook(lambda m, a, y: y + F.linear(a[0], delta).view_as(y))
+    whole = upper.model(**batch.inputs, use_cache=False).logits[:, :-1][batch.labels[:, 1:] != -100]
+    handle.remove()
+    replayed, _ = upper.logits(upper.capture(rows), delta)
+    assert (replayed - whole).abs().max() <= 1e-4 * (1 + whole.abs().max())
+
+
+def _routes(run: EditRun, side_memory: Any, tokenizer: Any) -> None:
+    """The edit is answered with its target; what is not routed is the base's bit for bit, as all is after detaching."""
+    model, encoder = run.base.model, run.editor.encoder
+    pair = encoder.batch([encoder.prompt(PROMPT), encoder.prompt(OTHER)], side="left").inputs
+    alone = encoder.batch([encoder.prompt(PROMPT)], side="left")
+    before: Tensor = model(**pair).logits
+    with attach(model, side_memory) as attached:
+        (route,) = attached.decide(alone)
+        assert route.memory == 0
+        wanted = list(encoder.pair(PROMPT, TARGET).target[:-1])  # without the end
+        out = model.generate(**alone.inputs, max_new_tokens=len(wanted), do_sample=False)
+        assert out[0, alone.input_ids.shape[1] :].tolist() == wanted, tokenizer.decode(out[0])
+        with attached.override([0, None]):
+            mixed = model(**pair).logits
+        assert torch.equal(mixed[1], before[1])
+        assert not torch.equal(mixed[0], before[0])
+    assert torch.equal(model(**pair).logits, before)
+
+
+def _hooks(model: Any) -> list[tuple[str, int, int, list[str]]]:
+    """What hooks and patched methods would show in, per module."""
+    return [
+        (name, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(k for k in m.__dict__ if k[0] != "_"))
+        for name, m in model.named_modules()
+    ]
+
+
+def row(f: Finding) -> str:
+    """The line of the table about a supported or a refused architecture."""
+    cells = (f.refused,) if f.refused else (f"`{f.module}`", f.joins, f.bias, f.orientation)
+    return "| " + " | ".join((f"`{f.model_type}`", f.cls, *cells)) + " |"
+
+
+def table(findings: Sequence[Finding], version: str) -> str:
+    """docs/architectures.md."""
+    supported = [f for f in findings if f.module]
+    refused = [f for f in findings if f.refused]
+    unbuilt = [f for f in findings if f.unbuilt]
+    return "\n".join(
+        [
+            "# Architectures",
+            "",
+            f"Written by `make families` on transformers {version}: every architecture that its `AutoModelForCausalLM`",
+            "knows, as a tiny random model, taken through the library: the edit site found, the upper layers replayed",
+            "on their own against the whole model, one edit learned, merged and attached, its prompt answered by",
+            "generation with the target, a row that is not routed and the model after detaching compared with the base",
+            "bit for bit. This says that the mechanics work, nothing about how well an edit of a real model holds: ask",
+            "`wise doctor`.",
+            "",
+            f"{len(supported)} of {len(findings)} are supported, {len(refused)} are refused before any work, of "
+            f"{len(unbuilt)} no tiny model was made.",
+            "",
+            "## Supported",
+            "",
+            "*Added*: the projection's output is added to the residual stream as it is, so that only the layers above",
+            "run while an edit is learned; *replayed*: something stands between (a norm, a scale, a gate, several",
+            "streams), and the edited layer runs, too. `D` is the model's width, `F` the FFN's. Where some layers are",
+            "dense and others not, the module named is that of the layer that `--layer auto` took.",
+            "",
+            "| model type | class | edited module | joins | bias | weight |",
+            "|---|---|---|---|---|---|",
+            *map(row, supported),
+            "",
+            "## Refused",
+            "",
+            "| model type | class | reason |",
+            "|---|---|---|",
+            *map(row, refused),
+            "",
+            "## Not tried",
+            "",
+            "| model type | what stood in the way |",
+            "|---|---|",
+            *(f"| `{f.model_type}` | {f.unbuilt.replace('|', '/')} |" for f in unbuilt),
+            "",
+        ]
+    )
