@@ -139,6 +139,8 @@ def tiny_model(model_type: str, vocab: int, seed: int = 0) -> Any:
             p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
         elif name.endswith("bias"):
             p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+        elif "post_feedforward" in name:  # what a norm behind the projection lets through
+            p.add_(2.0)
     if (head := model.get_output_embeddings()) is not None and head.weight is not model.get_input_embeddings().weight:
         head.weight.mul_(4)  # behind a norm, so that a prediction can be sure
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=None)  # of no length
@@ -226,9 +228,17 @@ def _routes(run: EditRun, side_memory: Any, tokenizer: Any) -> None:
         assert out[0, alone.input_ids.shape[1] :].tolist() == wanted, tokenizer.decode(out[0])
         with attached.override([0, None]):
             mixed = model(**pair).logits
-        assert torch.equal(mixed[1], before[1])
         assert not torch.equal(mixed[0], before[0])
+        close = 1e-5 if _has_experts(model) else 0.0
+        assert (mixed[1] - before[1]).abs().max() <= close * (1 + before[1].abs().max())
+        with attached.override(None):
+            assert torch.equal(model(**pair).logits, before)
     assert torch.equal(model(**pair).logits, before)
+
+
+def _has_experts(model: Any) -> bool:
+    """Whether tokens of several rows go through an expert in one product, which rounds as their number has it."""
+    return any("expert" in name for name, _ in model.named_modules())
 
 
 def _hooks(model: Any) -> list[tuple[str, int, int, list[str]]]:
@@ -259,7 +269,9 @@ def table(findings: Sequence[Finding], version: str) -> str:
             "on their own against the whole model, one edit learned, merged and attached, its prompt answered by",
             "generation with the target, a row that is not routed and the model after detaching compared with the base",
             "bit for bit. This says that the mechanics work, nothing about how well an edit of a real model holds: ask",
-            "`wise doctor`.",
+            "`wise doctor`. In a mixture of experts tokens of several rows pass through an expert in one product: there a",
+            "row beside a routed one may differ from the base in the last bits (held to 1e-5); a batch without a routed",
+            "row does not.",
             "",
             f"{len(supported)} of {len(findings)} are supported, {len(refused)} are refused before any work, of "
             f"{len(unbuilt)} no tiny model was made.",

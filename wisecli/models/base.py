@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wisecli.errors import ModelError, UsageError, first_line
+from wisecli.errors import ModelError, UsageError, WiseError, first_line
 from wisecli.versions import versions
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def load_base(
     """
     if dtype != "auto" and dtype not in _DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Use auto, {', '.join(_DTYPES)}.")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     demo = name is None or name == DEMO_BASE
     source = str(_DEMO_PATH) if demo else os.path.expanduser(str(name))
@@ -138,22 +138,25 @@ def load_base(
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     placed = device_map is not None or offload_below is not None
     try:
+        _refuse_other_kinds(AutoConfig.from_pretrained(source, **common), source)
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         spread = _spread(source, common, where, device_map, offload_below)
         with _quiet_loading():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=wanted, use_safetensors=True, output_loading_info=True, **spread, **common
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
+    except (WiseError, MemoryError):
+        raise
+    except Exception as e:  # config, tokenizer, weights, hub and the architecture's own code raise types of their own
+        theirs = {"safetensors_rust", "safetensors", "huggingface_hub", "httpx"}
+        broken = type(e).__module__.split(".")[0] in theirs and not isinstance(e, OSError)
         raise ModelError(
             f"Cannot load the base {source!r}: {first_line(e)}",
-            hint="Give a folder with config.json, tokenizer files and model.safetensors, or a hub id; "
+            hint="Fetch it again."
+            if broken
+            else "Give a folder with config.json, tokenizer files and model.safetensors, or a hub id; "
             "leave --model out to use the demonstration base.",
         ) from e
-    except Exception as e:  # safetensors and the hub raise types of their own for broken files
-        if type(e).__module__.split(".")[0] not in {"safetensors_rust", "safetensors", "huggingface_hub", "httpx"}:
-            raise
-        raise ModelError(f"Cannot load the base {source!r}: {first_line(e)}", hint="Fetch it again.") from e
     model, report = loaded
     if report["missing_keys"]:  # transformers would only warn and fill them with random numbers
         raise ModelError(
@@ -163,6 +166,15 @@ def load_base(
     model = (model if placed else model.to(where)).eval().requires_grad_(False)
     commit = None if demo or Path(source).exists() else getattr(model.config, "_commit_hash", None)
     return Base(model, tokenizer, DEMO_BASE if demo else _name_of(source), commit)
+
+
+def _refuse_other_kinds(config: Any, source: str) -> None:
+    """Refuse an encoder-decoder model before its weights are read; of some, transformers would load the decoder."""
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"The base {source!r} ({config.model_type}) is an encoder-decoder model.",
+            hint="wise edits causal language models, decoders that read from left to right.",
+        )
 
 
 def _spread(

@@ -134,7 +134,8 @@ def find_site(model: PreTrainedModel, layer: int | str = "auto", module: str | N
 
     Args:
         model: a loaded causal language model.
-        layer: index (negative counts from the end), or "auto" for the layer nearest to the paper's depth that has one.
+        layer: index (negative counts from the end), or "auto" for the layer nearest to the paper's depth that has one;
+            not the first layer, unless it is that.
         module: a module path that overrides the search.
 
     Raises:
@@ -153,9 +154,9 @@ def find_site(model: PreTrainedModel, layer: int | str = "auto", module: str | N
             return _check(model, inside, *_watch(model, names, layers, module)[inside])
         wanted = layer_index(layer, len(layers))
         found = _watch(model, names, layers)
-        index = min(found, key=lambda i: (abs(i - wanted), -i), default=wanted)
-        if index != wanted and (layer != "auto" or index not in found) or not found:
-            raise _no_site(model, names, layers[wanted], found.get(index), index)
+        index = min(found, key=lambda i: (abs(i - wanted), -i), default=None)
+        if index is None or (index != wanted and (layer != "auto" or index == 0)):
+            raise _no_site(model, names, layers[wanted], None if index is None else (index, found[index][0]))
         return _check(model, index, *found[index])
 
 
@@ -252,19 +253,21 @@ def _may_be_ffn(model: PreTrainedModel, name: str) -> bool:
 
 
 def _no_site(
-    model: PreTrainedModel, names: dict[int, str], layer: nn.Module, nearest: tuple[str, Any, Any] | None, index: int
+    model: PreTrainedModel, names: dict[int, str], layer: nn.Module, nearest: tuple[int, str] | None
 ) -> ModelError:
-    """Why a layer has no edit site, and which one has."""
+    """Why a layer has no edit site, and which one has. Layer 0 is offered, not taken: its gate sees a single token."""
     holders = [m for m in layer.modules() if _EXPERTS.search(type(m).__name__)]
     fused = [f"{names[id(m)]}.{k}" for m in holders for k, p in m.named_parameters(recurse=False) if p.dim() > 1]
     inside = names[id(layer)]
     what = "no linear map of the model's width runs there once, outside attention and state-space parts"
     what = f"its experts are fused ({fused[0].removeprefix(inside + '.')})" if fused else what
+    hint = "No layer of this base has one: take another base, or name a matrix with --module."
+    if nearest is not None:
+        blind = ", though all that the gate sees there is the last token" if nearest[0] == 0 else ""
+        hint = f"The nearest layer that has one is --layer {nearest[0]} ({nearest[1]}){blind}."
     return ModelError(
         f"{type(model).__name__} has no FFN output projection to edit in {inside} ({type(layer).__name__}): {what}.",
-        hint=f"The nearest layer that has one is --layer {index} ({nearest[0]})."
-        if nearest
-        else "No layer of this base has one: take another base, or name a matrix with --module.",
+        hint=hint,
     )
 
 
