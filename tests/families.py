@@ -43,21 +43,39 @@ CONFIG = EditConfig(
 )
 
 _SAME = (
-    (WIDTH, "hidden_size d_model n_embd dim_model embed_dim emb_dim embedding_size word_embed_proj_dim lru_width "
-    "router_hidden_size ple_embed_dim pronunciation_embed_dim shape_embed_dim o_lora_rank"),
-    (FFN, "intermediate_size ffn_dim n_inner ffn_hidden_size dim_ff dff d_inner feed_forward_size mlp_hidden_size "
-    "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size intermediate_size_mlp "
-    "expert_ffn_hidden_size decoder_ffn_dim encoder_ffn_dim shared_intermediate_size moe_shared_expert_intermediate_size"),
+    (
+        WIDTH,
+        "hidden_size d_model n_embd dim_model embed_dim emb_dim embedding_size word_embed_proj_dim lru_width "
+        "router_hidden_size ple_embed_dim pronunciation_embed_dim shape_embed_dim o_lora_rank",
+    ),
+    (
+        FFN,
+        "intermediate_size ffn_dim n_inner ffn_hidden_size dim_ff dff d_inner feed_forward_size mlp_hidden_size "
+        "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size intermediate_size_mlp "
+        "expert_ffn_hidden_size decoder_ffn_dim encoder_ffn_dim shared_intermediate_size "
+        "moe_shared_expert_intermediate_size",
+    ),
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers encoder_layers"),
-    (HEADS, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
-    "linear_num_value_heads linear_num_key_heads linear_num_heads swa_num_attention_heads mamba_n_heads mamba_num_heads "
-    "n_routed_experts num_local_experts num_experts moe_num_experts zero_expert_num o_groups"),
-    (2, "num_key_value_heads swa_num_key_value_heads num_global_key_value_heads num_experts_per_tok "
-    "num_experts_per_token moe_k moe_topk index_n_heads"),
-    (8, "head_dim d_head swa_head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim rotary_dim global_head_dim "
-    "linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim index_topk sliding_window "
-    "sliding_window_size attention_window_size mamba_chunk_size chunk_size mamba_d_state state_size ssm_state_size mamba_head_dim "
-    "hidden_size_per_layer_input laurel_rank"),
+    (
+        HEADS,
+        "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
+        "linear_num_value_heads linear_num_key_heads linear_num_heads swa_num_attention_heads mamba_n_heads "
+        "mamba_num_heads "
+        "n_routed_experts num_local_experts num_experts moe_num_experts zero_expert_num o_groups",
+    ),
+    (
+        2,
+        "num_key_value_heads swa_num_key_value_heads num_global_key_value_heads num_experts_per_tok "
+        "num_experts_per_token moe_k moe_topk index_n_heads",
+    ),
+    (
+        8,
+        "head_dim d_head swa_head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim rotary_dim global_head_dim "
+        "linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim index_topk sliding_window "
+        "sliding_window_size attention_window_size mamba_chunk_size chunk_size mamba_d_state state_size "
+        "ssm_state_size mamba_head_dim "
+        "hidden_size_per_layer_input laurel_rank",
+    ),
     (16, "kv_lora_rank q_lora_rank mamba_d_head query_pre_attn_scalar"),
     (1, "n_group n_groups topk_group num_expert_group first_k_dense_replace n_shared_experts num_dense_layers"),
     (CONTEXT, "max_position_embeddings n_positions n_ctx seq_length max_seq_len max_sequence_length model_max_length"),
@@ -181,11 +199,13 @@ def examine(model_type: str, tokenizer: Any, folder: Path) -> Finding:
     hooks = _hooks(model)
     named = Finding(model_type, type(model).__name__)
     try:
-        run = EditRun(Base(model, tokenizer, model_type), EditStream.of([EditRecord("e", PROMPT, TARGET)]), CONFIG, folder)
+        run = EditRun(
+            Base(model, tokenizer, model_type), EditStream.of([EditRecord("e", PROMPT, TARGET)]), CONFIG, folder
+        )
     except ModelError as e:
         assert _hooks(model) == hooks
         return replace(named, refused=e.message)
-    _replays(run.editor.upper)
+    assert_replays(run.editor.upper)
     with torch.enable_grad():
         (entry,) = [e for step in run for e in step.finished]
     assert entry["outcome"] == "took", entry
@@ -201,7 +221,7 @@ def examine(model_type: str, tokenizer: Any, folder: Path) -> Finding:
     )
 
 
-def _replays(upper: UpperModel) -> None:
+def assert_replays(upper: UpperModel) -> None:
     """Upper layers on their own give the whole model's logits, also under a delta."""
     rows = [upper.encoder.pair(PROMPT, TARGET), upper.encoder.pair(OTHER, " world")]
     batch = upper.encoder.batch(rows, side="right")
@@ -269,8 +289,10 @@ def table(findings: Sequence[Finding], version: str) -> str:
             "on their own against the whole model, one edit learned, merged and attached, its prompt answered by",
             "generation with the target, a row that is not routed and the model after detaching compared with the base",
             "bit for bit. This says that the mechanics work, nothing about how well an edit of a real model holds: ask",
-            "`wise doctor`. In a mixture of experts tokens of several rows pass through an expert in one product: there a",
-            "row beside a routed one may differ from the base in the last bits (held to 1e-5); a batch without a routed",
+            "`wise doctor`. In a mixture of experts tokens of several rows pass through an expert in one product: "
+            "there a",
+            "row beside a routed one may differ from the base in the last bits (held to 1e-5); a batch "
+            "without a routed",
             "row does not.",
             "",
             f"{len(supported)} of {len(findings)} are supported, {len(refused)} are refused before any work, of "

@@ -25,7 +25,9 @@ from wisecli.errors import ModelError, UsageError, WiseError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NOT_FFN = re.compile(r"(^|[._])(attn|attention|self_attn|mixer|mamba|router|gate|ssm)([._]|$)|attn|attention|per_layer")
+_NOT_FFN = re.compile(
+    r"(^|[._])(attn|attention|self_attn|mixer|mamba|router|gate|ssm)([._]|$)|attn|attention|per_layer"
+)
 # Where order and names mislead: model type -> how the right module's path ends.
 _OVERRIDES = {
     "rwkv": ("feed_forward.value",),
