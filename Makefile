@@ -9,7 +9,7 @@ OUT    ?= demo-out
 MADE    = "$(OUT)/shards" "$(OUT)/package" "$(OUT)/sm.safetensors" "$(OUT)/eval"
 WISE   := $(BIN)/wise
 
-.PHONY: demo test campaign kill lifelong bench speed gate papers check base edits clean
+.PHONY: demo test campaign families kill lifelong bench speed gate papers check base edits clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ test: $(VENV)/.installed-dev
 # Minutes of work: the README's figures as bounds, and what each choice of the schedule is worth.
 campaign: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m campaign
+
+# Minutes of work: every architecture of transformers, tiny and random, edited end to end; writes docs/architectures.md.
+families: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m families tests/test_families.py
 
 # A hundred SIGKILLs at random moments, full disks and a torn ledger: the same bytes in the end, every time.
 kill: $(VENV)/.installed

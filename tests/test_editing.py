@@ -329,7 +329,6 @@ class TestRewording:
         monkeypatch.setattr(Rewording, "measure", lambda *_: pytest.fail("measured"))
         config = EditConfig(rewording=0, contexts=0, max_steps=2, rank=16, shards=1)
         editor = Editor(Base(tiny_model("llama"), tokenizer, "tiny"), config)
-        assert editor.rewording is None
         assert len(editor.learn(EditStream.of(records(2)))) == 1
 
     def test_the_same_seed_gives_the_same_delta_and_nothing_moves_outside_the_mask(self, upper: UpperModel) -> None:

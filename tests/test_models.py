@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,80 @@ def test_fused_experts_are_refused_by_name(tiny_model: Any) -> None:
     with pytest.raises(ModelError, match=r"experts are fused \(.*experts\..*\)") as e:
         find_site(model)
     assert "Mixtral" in e.value.message
+
+
+def mixed(dense: int) -> Any:
+    """A mixture of fused experts with one dense layer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = families.tiny_config("qwen3_moe", 300).to_dict() | {"mlp_only_layers": [dense], "decoder_sparse_step": 1}
+    config = AutoConfig.for_model(**config)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def test_auto_takes_the_nearest_layer_that_can_be_edited_and_others_name_it() -> None:
+    model = mixed(1)
+    assert find_site(model).path == "model.layers.1.mlp.down_proj"
+    for layer in (2, 3):
+        with pytest.raises(ModelError, match=rf"model.layers.{layer} .*experts are fused") as e:
+            find_site(model, layer)
+        assert "--layer 1 (model.layers.1.mlp.down_proj)" in (e.value.hint or "")
+    with pytest.raises(ModelError, match="experts are fused") as e:  # a gate before layer 0 sees a single token
+        find_site(mixed(0))
+    assert "--layer 0" in (e.value.hint or "")
+    assert find_site(mixed(0), 0).layer == 0
+
+
+def test_a_model_that_looks_ahead_is_refused(tokenizer: Any) -> None:
+    model = families.tiny_model("bert", len(tokenizer))
+    assert find_site(model).layer == 2
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    model.config.is_decoder = False
+    with pytest.raises(ModelError, match=r"BertLMHeadModel \(bert\) is not causal"):
+        find_site(model)
+
+
+def test_an_encoder_decoder_model_is_refused_by_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bart", "is_encoder_decoder": true}')
+    with pytest.raises(ModelError, match=r"\(bart\) is an encoder-decoder model"):
+        load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize("doing", ["looking for its FFN", "running its upper layers on their own"])
+def test_what_an_architecture_raises_itself_is_said_with_its_name(
+    tiny_model: Any, encoder: Any, monkeypatch: pytest.MonkeyPatch, doing: str
+) -> None:
+    model = tiny_model("llama", fresh=True)
+    site = find_site(model)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise IndexError("no such head")
+
+    monkeypatch.setattr(model.model.layers[3], "forward", fails)
+    with pytest.raises(ModelError, match=rf"LlamaForCausalLM .*{doing} failed \(IndexError: no such head\)"):
+        find_site(model) if "FFN" in doing else UpperModel(model, site, encoder)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "deepseek_v4", "openai-gpt"])
+def test_upper_layers_replay_with_what_reaches_them_past_the_stream(
+    tokenizer: Any, encoder: Any, model_type: str
+) -> None:
+    """Keys and values of lower layers; four residual streams; layers that return lists."""
+    model = families.tiny_model(model_type, len(tokenizer))
+    upper = UpperModel(model, find_site(model), encoder)
+    families.assert_replays(upper)
+    row, _ = captured = upper.capture([encoder.pair(*TEXTS[0]), encoder.pair(*TEXTS[1])])
+    assert (row.beside is not None) == (model_type == "gemma4_text")
+    both, alone = upper.logits(captured, None)[0], upper.logits([row], None)[0]
+    close(both[: len(alone)], alone, exact=False)  # a row is replayed with its own keys and values
+
+
+def test_positions_that_generate_counts_otherwise_are_refused(tokenizer: Any, encoder: Any) -> None:
+    model = families.tiny_model("roberta", len(tokenizer))
+    with pytest.raises(ModelError, match="RobertaForCausalLM counts positions in generate otherwise"):
+        UpperModel(model, find_site(model), encoder)
 
 
 @each_kind

@@ -133,6 +133,7 @@ def edit(
             base, stream, config_of_run, out, extra_pool=more, texts=texts, append=older is not None, cache=kept
         )
         _introduce(sink, run, located.path)
+        _say_layer(sink, run)
         entries = _learn(sink, run, jobs, loading, unit)
         alike = run.settled.alike
         _summarise(sink, entries, alike, verbose)
@@ -233,6 +234,15 @@ def _introduce(sink: Output, run: EditRun, source: Path) -> None:
             ("prompts", "in the base's chat template" if run.config.chat else "as they are, no chat template"),
         ]
     )
+
+
+def _say_layer(sink: Output, run: EditRun) -> None:
+    """Say that the layer taken is not the one that is edited by default."""
+    from wisecli.models.site import auto_layer, decoder_layers
+
+    usual = auto_layer(len(decoder_layers(run.base.model)))
+    if run.config.layer == "auto" and run.config.module is None and run.site.layer != usual:
+        sink.warn(f"layer {usual} has no FFN output projection to edit; layer {run.site.layer} is the nearest that has")
 
 
 def _learn(

@@ -23,7 +23,7 @@ from wisecli.evaluation.asking import Progress, Steps
 from wisecli.evaluation.environment import describe_base, environment, peak_memory
 from wisecli.models.base import Base
 from wisecli.models.prompts import PromptEncoder
-from wisecli.models.site import decoder_layers
+from wisecli.models.site import decoder_layers, find_site
 
 _CLOSE = 0.02  # a layer whose AUC is at most this much below the best is worth learning at, too
 _LEARNED = 2  # layers at most at which probe edits are learned
@@ -76,6 +76,8 @@ class _Examination:
     def run(self) -> Steps[DoctorReport]:
         try:
             layers = candidate_layers(len(decoder_layers(self.base.model)), self.options.layers)
+            if not self.options.layers:
+                layers = tuple(sorted({*layers, find_site(self.base.model).layer}))
         except (ModelError, AttributeError) as e:
             return self._report((), None, Verdict(UNSUPPORTED, (why(e),)))
         found = {c.layer: c for c in (yield from self._probe(layers))}

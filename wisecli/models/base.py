@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wisecli.errors import ModelError, UsageError, first_line
+from wisecli.errors import ModelError, UsageError, WiseError, first_line
 from wisecli.versions import versions
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def load_base(
     """
     if dtype not in ("auto", STORED) and dtype not in _DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Use auto, {', '.join(_DTYPES)}.")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     demo = name is None or name == DEMO_BASE
     source = str(_DEMO_PATH) if demo else os.path.expanduser(str(name))
@@ -154,22 +154,25 @@ def load_base(
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     placed = device_map is not None or offload_below is not None
     try:
+        _refuse_other_kinds(AutoConfig.from_pretrained(source, **common), source)
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         spread = _spread(source, common, where, device_map, offload_below)
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=wanted, use_safetensors=True, output_loading_info=True, **spread, **common
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
+    except (WiseError, MemoryError):
+        raise
+    except Exception as e:  # config, tokenizer, weights, hub and the architecture's own code raise types of their own
+        theirs = {"safetensors_rust", "safetensors", "huggingface_hub", "httpx"}
+        broken = type(e).__module__.split(".")[0] in theirs and not isinstance(e, OSError)
         raise ModelError(
             f"Cannot load the base {source!r}: {first_line(e)}",
-            hint="Give a folder with config.json, tokenizer files and model.safetensors, or a hub id; "
+            hint="Fetch it again."
+            if broken
+            else "Give a folder with config.json, tokenizer files and model.safetensors, or a hub id; "
             "leave --model out to use the demonstration base.",
         ) from e
-    except Exception as e:  # safetensors and the hub raise types of their own for broken files
-        if type(e).__module__.split(".")[0] not in {"safetensors_rust", "safetensors", "huggingface_hub", "httpx"}:
-            raise
-        raise ModelError(f"Cannot load the base {source!r}: {first_line(e)}", hint="Fetch it again.") from e
     model, report = loaded
     if report["missing_keys"]:  # transformers would only warn and fill them with random numbers
         raise ModelError(
@@ -208,6 +211,15 @@ def borrowed(model: PreTrainedModel) -> Iterator[None]:
                 m.training = True
             for p in trained:
                 p.requires_grad_(True)
+
+
+def _refuse_other_kinds(config: Any, source: str) -> None:
+    """Refuse an encoder-decoder model before its weights are read; of some, transformers would load the decoder."""
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"The base {source!r} ({config.model_type}) is an encoder-decoder model.",
+            hint="wise edits causal language models, decoders that read from left to right.",
+        )
 
 
 def _spread(

@@ -15,8 +15,9 @@ Shapes: `B` rows, `T` tokens, `F` FFN width, `D` model width, `n` supervised pos
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from wisecli.errors import ModelError
-from wisecli.models.prompts import PromptEncoder, Row, last_content
-from wisecli.models.site import EditSite, decoder_layers
+from wisecli.models.prompts import Batch, PromptEncoder, Row, last_content
+from wisecli.models.site import EditSite, as_passed_on, decoder_layers, foreign, residual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,8 @@ class CapturedRow:
 
     `stream` is the edited layer's own output when the projection is added to it unchanged, else the layer's input.
     `content` [T] marks the prompt's content tokens. `entry` [D] is the residual stream that enters the edited layer, at
-    the last content token: what the prompt's key is made of.
+    the last content token: what the prompt's key is made of. Of S residual streams, `stream` is [T, S, D] and `entry`
+    [S D]. `beside` is what lower layers leave to upper ones past the stream, as keys and values that these share.
     """
 
     ids: Tensor
@@ -50,6 +52,7 @@ class CapturedRow:
     a: Tensor
     stream: Tensor
     entry: Tensor
+    beside: Any = None
 
     @property
     def last(self) -> Tensor:
@@ -67,6 +70,7 @@ class StackedRows:
         stream: [B, T, D].
         at: where a supervised token is predicted, as positions in [B T], row by row [n].
         targets: the ids predicted there [n].
+        beside: what goes past the rows' streams, padded; see `CapturedRow`.
         counts: how many of them each row has.
     """
 
@@ -80,6 +84,7 @@ class StackedRows:
     targets: Tensor
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
+    beside: Any = None
 
     @classmethod
     def of(cls, rows: Sequence[CapturedRow]) -> StackedRows:
@@ -99,6 +104,7 @@ class StackedRows:
             targets=labels.flatten()[at + 1],
             counts=tuple(wanted.sum(1).tolist()),
             lengths=tuple(len(r.ids) for r in rows),
+            beside=_padded([r.beside for r in rows]),
         )
 
     def side(self, delta: Tensor) -> Tensor:
@@ -120,9 +126,10 @@ class UpperModel:
         self.layers = decoder_layers(model)
         self.ffn = site.module(model)
         self.additive = False
-        self._tuple_rest: tuple[Any, ...] | None = None
+        self._rest: tuple[Any, ...] | None = None
         self._last_ffn = self._ffn_of_last_layer()
-        self._probe()
+        with foreign(model, "running its upper layers on their own"):
+            self._probe()
 
     @torch.no_grad()
     def capture(self, rows: Sequence[Row], batch_size: int = 32) -> list[CapturedRow]:
@@ -132,7 +139,7 @@ class UpperModel:
         for at in range(0, len(order), batch_size):
             picked = order[at : at + batch_size]
             batch = self.encoder.batch([rows[i] for i in picked], side="right").to(self.model.device)
-            a, stream, entry = self._run_lower(batch.inputs)
+            a, stream, entry, beside = self._run_lower(batch.inputs)
             last = last_content(batch.content)
             for k, i in enumerate(picked):
                 n = len(rows[i])
@@ -142,7 +149,8 @@ class UpperModel:
                     batch.content[k, :n].clone(),
                     a[k, :n].clone(),
                     stream[k, :n].clone(),
-                    entry[k, last[k]].clone(),
+                    entry[k, last[k]].flatten().clone(),
+                    _cut(beside, k, n),
                 )
         return [r for r in out if r is not None]
 
@@ -169,9 +177,9 @@ class UpperModel:
                 if delta is not None and side is None:
                     side = rows.side(delta)
                 stream = stream if side is None else stream + side.to(stream.dtype)
-                stack.enter_context(self._stubbed(self.site.layer + 1, stream))
+                stack.enter_context(self._stubbed(self.site.layer + 1, stream, rows))
             else:
-                stack.enter_context(self._stubbed(self.site.layer, stream))
+                stack.enter_context(self._stubbed(self.site.layer, stream, rows))
                 if delta is not None:
                     stack.enter_context(_hooked(self.ffn, lambda a, y: y + _side(a, delta, y)))
             stack.enter_context(head_at(self.model, rows.at))
@@ -182,25 +190,33 @@ class UpperModel:
 
     # -- the pieces ---------------------------------------------------------------------------------------------------
 
-    def _run_lower(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """`a` [B, T, F], the stream and the layer's input [B, T, D] of a right-padded batch."""
+    def _run_lower(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """`a` [B, T, F], the stream and the layer's input [B, T, D] of a right-padded batch, and what goes past it."""
         box: dict[str, Any] = {}
+
+        def start(mod: nn.Module, args: Any, kwargs: Any) -> None:
+            box["start"] = {k: set(v) for k, v in _mappings(kwargs)}
 
         def seen(mod: nn.Module, args: Any, out: Any) -> None:
             box["a"] = args[0]
 
         def enter(mod: nn.Module, args: Any, kwargs: Any) -> None:
             box["in"] = args[0] if args else kwargs["hidden_states"]
+            if not self.additive:
+                box["beside"] = _added(box["start"], kwargs)
 
-        def leave(mod: nn.Module, args: Any, out: Any) -> None:
+        def leave(mod: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             box["out"] = out
+            if self.additive:
+                box["beside"] = _added(box["start"], kwargs)
             raise _Enough
 
         layer = self.layers[self.site.layer]
         handles = [
+            self.layers[0].register_forward_pre_hook(start, with_kwargs=True),
             self.ffn.register_forward_hook(seen),
             layer.register_forward_pre_hook(enter, with_kwargs=True),
-            layer.register_forward_hook(leave),
+            layer.register_forward_hook(leave, with_kwargs=True),
         ]
         try:
             self.model(**inputs, use_cache=False)
@@ -210,20 +226,27 @@ class UpperModel:
             for h in handles:
                 h.remove()
         out = box["out"]
-        self._tuple_rest = tuple(out[1:]) if isinstance(out, tuple) else None
-        stream = (out[0] if isinstance(out, tuple) else out) if self.additive else box["in"]
-        return box["a"].view(*stream.shape[:2], -1), stream, box["in"]
+        self._rest = (type(out), tuple(out[1:])) if isinstance(out, tuple | list) else None
+        rows, tokens = inputs["input_ids"].shape
+        first = (out if self._rest is None else out[0]) if self.additive else box["in"]
+        stream, entry = (residual(self.model, h, rows, tokens) for h in (first, box["in"]))
+        return box["a"].view(rows, tokens, -1), stream, entry, box["beside"]
 
     @contextlib.contextmanager
-    def _stubbed(self, below: int, stream: Tensor) -> Iterator[None]:
+    def _stubbed(self, below: int, stream: Tensor, rows: StackedRows) -> Iterator[None]:
         """Layers < `below` pass their input on; the last of them returns `stream`. Undone in any case."""
         saved: list[tuple[nn.Module, Any]] = []
-        wrap = (lambda h: h) if self._tuple_rest is None else (lambda h: (h, *self._tuple_rest))
+        stream = as_passed_on(self.model, stream)
+
+        def wrap(h: Any) -> Any:
+            return h if self._rest is None else self._rest[0]((h, *self._rest[1]))
 
         def passing(hidden: Any = None, *args: Any, hidden_states: Any = None, **kwargs: Any) -> Any:
             return wrap(hidden if hidden is not None else hidden_states)
 
         def returning(*args: Any, **kwargs: Any) -> Any:
+            for name, states in (rows.beside or {}).items():
+                kwargs[name].update(states)
             return wrap(stream)
 
         handle = None
@@ -255,22 +278,42 @@ class UpperModel:
         self.additive = self._is_additive(rows)
         captured = self.capture(rows)
         batch = self.encoder.batch(rows, side="right").to(self.model.device)
-        full = self.model(**batch.inputs, use_cache=False).logits[:, :-1][batch.labels[:, 1:] != -100]
-        if self._last_ffn is not None and not self._replays(captured, full):
+        placed = self._full(batch, self._positions(batch))
+        if self._last_ffn is not None and not self._replays(captured, placed):
             self._last_ffn = None
-        if not self._replays(captured, full):
+        if self._last_ffn is not None or self._replays(captured, placed):
+            return
+        if self._replays(captured, self._full(batch, {})):
             raise ModelError(
-                f"The upper layers of {type(self.model).__name__} cannot be run on their own: "
-                f"replayed logits differ from the model's.",
-                hint="Choose another layer with --layer.",
+                f"{type(self.model).__name__} counts positions in generate otherwise than in a plain forward: "
+                f"what is learned would not be what is generated.",
+                hint="Take another base.",
             )
+        raise ModelError(
+            f"The upper layers of {type(self.model).__name__} cannot be run on their own: "
+            f"replayed logits differ from the model's.",
+            hint="Choose another layer with --layer.",
+        )
+
+    def _positions(self, batch: Batch) -> dict[str, Tensor]:
+        """Positions as `generate` gives them, where the model takes any."""
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            return {}
+        return {"position_ids": (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)}
+
+    def _full(self, batch: Batch, positions: dict[str, Tensor]) -> Tensor:
+        """The whole model's logits [n, V] at supervised positions."""
+        logits: Tensor = self.model(**batch.inputs, **positions, use_cache=False).logits
+        return logits[:, :-1][batch.labels[:, 1:] != -100]
 
     def _replays(self, captured: Sequence[CapturedRow], full: Tensor) -> bool:
         """Whether the upper part alone gives the model's own logits [n, V]."""
         try:
             replayed = self.logits(StackedRows.of(captured), None)
-        except (RuntimeError, ValueError, IndexError):  # an FFN that does not take positions out of their rows
-            return False
+        except Exception:
+            if self._last_ffn is None:
+                raise
+            return False  # an FFN that does not take positions out of their rows
         tolerance = _REPLAY_TOLERANCE * (1 if full.dtype == torch.float32 else 20) * (1 + full.abs().max())
         return replayed.shape == full.shape and bool((replayed - full).abs().max() <= tolerance)
 
@@ -280,19 +323,21 @@ class UpperModel:
             return None
         here = next(k for k, m in self.model.named_modules() if m is self.layers[self.site.layer])
         name = self.site.path.removeprefix(here + ".").split(".")[0]
-        found: nn.Module | None = getattr(self.layers[-1], name, None)
-        return found
+        found = getattr(self.layers[-1], name, None)
+        return found if isinstance(found, nn.Module) else None
 
     def _is_additive(self, rows: Sequence[Row]) -> bool:
         """Whether adding d to the projection's output adds exactly d to the layer's output."""
         batch = self.encoder.batch(rows, side="right").to(self.model.device)
         self.additive = True
         plain = self._run_lower(batch.inputs)[1]
+        if plain.dim() != 3 or plain.shape[-1] != self.site.d_out:  # several residual streams
+            return False
         d = torch.linspace(-1, 1, plain.shape[-1], device=plain.device, dtype=plain.dtype) * plain.std()
         with _hooked(self.ffn, lambda a, y: y + d):
             moved = self._run_lower(batch.inputs)[1]
         tolerance = 1e-4 if plain.dtype == torch.float32 else 2e-2
-        return plain.dim() == 3 and bool(((moved - plain - d).abs() <= tolerance * (1 + plain.abs())).all())
+        return bool(((moved - plain - d).abs() <= tolerance * (1 + plain.abs())).all())
 
 
 @torch.no_grad()
@@ -324,11 +369,44 @@ def entries_at(
             for h in handles:
                 h.remove()
         last = last_content(batch.content)
-        yield picked, {i: h[torch.arange(len(picked), device=h.device), last] for i, h in box.items()}
+        streams = {i: residual(model, h, *batch.input_ids.shape) for i, h in box.items()}
+        yield picked, {i: h[torch.arange(len(picked), device=h.device), last].flatten(1) for i, h in streams.items()}
 
 
 class _Enough(Exception):
     """Ends a forward pass once everything of interest is known."""
+
+
+def _mappings(kwargs: Any) -> list[tuple[str, MutableMapping[Any, Any]]]:
+    """Those arguments of a layer that layers may write to for others to read."""
+    return [(k, v) for k, v in kwargs.items() if isinstance(v, MutableMapping)]
+
+
+def _added(start: dict[str, set[Any]], kwargs: Any) -> dict[str, dict[Any, Any]]:
+    """What has been written there since the first layer was entered."""
+    found = {name: {k: v for k, v in m.items() if k not in start.get(name, ())} for name, m in _mappings(kwargs)}
+    return {name: new for name, new in found.items() if new}
+
+
+def _cut(beside: Any, row: int, n: int) -> Any:
+    """What goes past the stream of one row, without padding: its keys and values [H, n, d]; None for nothing."""
+    if isinstance(beside, dict):
+        return {k: _cut(v, row, n) for k, v in beside.items()} or None
+    if isinstance(beside, tuple | list):
+        return tuple(_cut(v, row, n) for v in beside)
+    return beside[row, :, :n].clone()
+
+
+def _padded(beside: Sequence[Any]) -> Any:
+    """What goes past the streams of rows, as a batch: keys and values [B, H, T, d]."""
+    first = beside[0]
+    if first is None:
+        return None
+    if isinstance(first, dict):
+        return {k: _padded([b[k] for b in beside]) for k in first}
+    if isinstance(first, tuple):
+        return tuple(_padded(each) for each in zip(*beside, strict=True))
+    return pad_sequence([b.transpose(0, 1) for b in beside], batch_first=True).transpose(1, 2)
 
 
 def _side(a: Tensor, delta: Tensor, y: Tensor) -> Tensor:

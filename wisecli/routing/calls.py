@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +22,14 @@ from wisecli.models.prompts import ContentRule
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` was called with: assisted decoding feeds prompt and candidates in its first forward."""
+    """What `generate` was called with: assisted decoding feeds prompt and candidates in its first forward.
+
+    `kept` is where decisions are kept that cannot be kept on the sequences' own state, when that is a bare list.
+    """
 
     prompt_length: int | None
     chunked: bool
+    kept: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Generation:
@@ -52,6 +56,18 @@ def arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str,
         return dict(kwargs)
     bound = signature.bind_partial(*args, **kwargs).arguments
     return {**bound.pop("kwargs", {}), **bound}
+
+
+def state_of(values: Any) -> Any:
+    """What carries sequences from one call to the next, among a call's arguments or results: a KV cache, or a state."""
+    if not isinstance(values, Mapping):
+        return getattr(values, "past_key_values", None)
+    return next((values[k] for k in ("past_key_values", "cache_params", "state") if values.get(k) is not None), None)
+
+
+def is_begun(state: Any) -> bool:
+    """Whether tokens went into a state before."""
+    return state is not None and (not hasattr(state, "get_seq_length") or state.get_seq_length() > 0)
 
 
 def input_of(bound: Mapping[str, Any]) -> Tensor:

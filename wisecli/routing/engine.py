@@ -33,8 +33,8 @@ from torch import Tensor
 from wisecli.errors import RoutingError, UsageError
 from wisecli.memory.dense import DenseDeltas
 from wisecli.memory.side_memory import SideMemory
-from wisecli.models.site import decoder_layers
-from wisecli.routing.calls import Generation, Prompts, arguments, input_of, read_prompts
+from wisecli.models.site import decoder_layers, decoder_of, residual
+from wisecli.routing.calls import Generation, Prompts, arguments, input_of, is_begun, read_prompts, state_of
 from wisecli.routing.routers import MAIN, Router, Routes, Seen, build_router
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class _Hook:
 
 def carries_side_memory(model: PreTrainedModel) -> bool:
     """Whether side memories are on a model now."""
-    hooks = model.get_decoder()._forward_pre_hooks.values()
+    hooks = decoder_of(model)._forward_pre_hooks.values()
     return any(isinstance(h, _Hook) and h.act is not None for h in hooks)
 
 
@@ -141,7 +141,7 @@ class OnModel:
         self._generation: ContextVar[Generation | None] = ContextVar("wise_generation", default=None)
         self._lengths: ContextVar[Tensor | None] = ContextVar("wise_lengths", default=None)
         self._stop: ContextVar[bool] = ContextVar("wise_stop", default=False)
-        self._decoder = model.get_decoder()
+        self._decoder = decoder_of(model)
         self._signature = inspect.signature(self._decoder.forward)
 
     @contextlib.contextmanager
@@ -275,12 +275,12 @@ class OnModel:
         call = self._ahead.get()
         if call is None:
             bound = arguments(self._signature, args, kwargs)
-            call = _Call(len(input_of(bound)), bound.get("past_key_values"))
+            call = _Call(len(input_of(bound)), state_of(bound))
             forced = None if self._stop.get() else self._forced(call.rows)
             if forced is not None:
                 call.routes = _fit(forced, call.rows)
                 call.idle = _nobody(call.routes)
-            elif call.cache is not None and call.cache.get_seq_length() > 0:
+            elif is_begun(call.cache):
                 self._continue(call)
             else:
                 self._start(call, bound)
@@ -288,7 +288,7 @@ class OnModel:
 
     def _continue(self, call: _Call) -> None:
         """Take the routes that were decided at the sequence's prompt."""
-        known = getattr(call.cache, _ON_CACHE, {}).get(self._id)
+        known = self._kept_with(call.cache).get(self._id)
         if known is None:
             if self._asked(call.rows).ranks:
                 raise RoutingError(
@@ -313,8 +313,8 @@ class OnModel:
             self._note(call.rows, call.routes)
             return
         call.prompts = read_prompts(bound, self._generation.get(), self._lengths.get())
-        if not call.asked.across:
-            return
+        if not call.asked.across and not bound.get("logits_to_keep"):
+            return  # a decoder that is told of it may run its upper layers on the last tokens alone
         first = _Call(call.rows, prompts=call.prompts, asked=call.asked, ahead=True)
         token = self._ahead.set(first)
         try:
@@ -365,7 +365,7 @@ class OnModel:
         found: dict[int, Routes] = {}
         for member in open_:
             content = call.prompts.content(member.side_memory.rule)
-            seen = Seen(a.view(*shape, -1), entry.view(*shape, -1), content)
+            seen = Seen(a.view(*shape, -1), residual(self.model, entry, *shape).flatten(2), content)
             found[member.key] = member.router.decide(seen)
         call.found |= found
         if call.ahead:
@@ -385,9 +385,21 @@ class OnModel:
             self._call.reset(call.token)
         if not call.keep or call.ahead or out is None:
             return
-        cache = call.cache if call.cache is not None else getattr(out, "past_key_values", None)
-        if cache is not None:
-            setattr(cache, _ON_CACHE, {**getattr(cache, _ON_CACHE, {}), self._id: call.routes})
+        cache = call.cache if call.cache is not None else state_of(out)
+        if cache is None:
+            return
+        kept = {**self._kept_with(cache), self._id: call.routes}
+        if not isinstance(cache, list | tuple):
+            setattr(cache, _ON_CACHE, kept)
+        elif (generation := self._generation.get()) is not None:
+            generation.kept[_ON_CACHE] = kept
+
+    def _kept_with(self, cache: Any) -> dict[int, Any]:
+        """The decisions kept with the state of sequences: on it, or with the `generate` call where it is a list."""
+        generation = self._generation.get()
+        if isinstance(cache, list | tuple):
+            return generation.kept.get(_ON_CACHE, {}) if generation is not None else {}
+        return getattr(cache, _ON_CACHE, {})
 
 
 def _resolve(asked: Asked, found: Mapping[int, Routes]) -> dict[int, Routes]:
@@ -416,7 +428,7 @@ def _without_cache(bound: Mapping[str, Any], width: int) -> dict[str, Any]:
             return {k: cut(v) for k, v in mask.items()}
         return mask[..., :width] if isinstance(mask, Tensor) and mask.dim() == 4 else mask
 
-    dropped = ("past_key_values", "use_cache", "cache_position")
+    dropped = ("past_key_values", "use_cache", "cache_position", "logits_to_keep")
     kept = {k: v for k, v in bound.items() if k not in dropped}
     return {**kept, "attention_mask": cut(kept.get("attention_mask")), "use_cache": False}
 
