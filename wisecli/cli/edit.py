@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 _SHOWN_FAILURES = 10
 
 
+@opt.loads_base
 def edit(
     ctx: typer.Context,
     edits: Annotated[str, typer.Argument(metavar="EDITS", help="JSONL or JSON file of edits, or a dataset's name.")],
-    model: opt.Model = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards.")] = Path("shards"),
     layer: Annotated[str, typer.Option(help="Decoder layer to edit: auto or a number.")] = "auto",
     module: Annotated[str | None, typer.Option(help="Module path of the matrix, instead of a search.")] = None,
@@ -70,12 +71,7 @@ def edit(
         typer.Option("--cache/--no-cache", help="On the CPU, keep the gate of a base and a layer for the next run."),
     ] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the outcome of every edit.")] = False,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    offload_lower: opt.OffloadLower = False,
-    trust_remote_code: opt.TrustRemoteCode = False,
+    loading: opt.Loading = opt.Loading(),
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -98,12 +94,13 @@ def edit(
         located, stream = read_dataset(edits, limit)
         _report_clashes(sink, stream)
         more = opt.read_pool(pool)
-        loading, settings = opt.run_settings(
+        wanted, settings = opt.run_settings(
             ctx,
             config,
-            model=model,
-            revision=revision,
-            dtype=dtype,
+            model=loading.model,
+            revision=loading.revision,
+            dtype=loading.dtype,
+            quantize=loading.quantize,
             layer=layer if layer == "auto" else _number(layer),
             module=module,
             shards=count,
@@ -119,21 +116,20 @@ def edit(
         )
         if older is not None:
             out = older.path
-            loading, settings, texts = _as_before(ctx, older, len(stream), loading, settings)
+            wanted, settings, texts = _as_before(ctx, older, len(stream), wanted, settings)
         ensure_writable(out)
         from wisecli.editing.run import EditRun
         from wisecli.models.base import load_base
 
-        loading |= {"name": loading.pop("model"), "device": device, "trust_remote_code": trust_remote_code}
-        loading |= {"device_map": device_map, "offload_below": _lowest(settings) if offload_lower else None}
-        base = load_base(**loading)
+        arguments = replace(loading, **wanted).arguments({}, _lowest(settings))
+        base = load_base(**arguments)
         config_of_run = opt.edit_config(stream, base, **settings)
         kept = opt.cache_folder(sink, "the gate is") if cache else None
         run = EditRun(
             base, stream, config_of_run, out, extra_pool=more, texts=texts, append=older is not None, cache=kept
         )
         _introduce(sink, run, located.path)
-        entries = _learn(sink, run, jobs, loading, unit)
+        entries = _learn(sink, run, jobs, arguments, unit)
         alike = run.settled.alike
         _summarise(sink, entries, alike, verbose)
         _say_next(sink, run)
@@ -186,7 +182,9 @@ def _as_before(
     Shards are about as large as the run's first ones.
     """
     run, first = older.run, older.streams[0]
-    recorded = {"model": run["base"]["name"], "revision": run["base"].get("revision"), "dtype": run["base"]["dtype"]}
+    recorded = {k: run["base"].get(k) for k in ("revision", "dtype")} | {"model": run["base"]["name"]}
+    packed = run["base"].get("quantization")
+    recorded["quantize"] = f"{packed['bits']}bit" if packed else None
     loading = {k: v if _given(ctx, k) else recorded[k] for k, v in loading.items()}
     size = first["edits"] / first["shards"]
     known = run["config"] | {"shards": max(1, round(edits / size))}
@@ -225,7 +223,7 @@ def _report_clashes(sink: Output, stream: EditStream) -> None:
 
 def _introduce(sink: Output, run: EditRun, source: Path) -> None:
     model, site = run.base.model, run.site
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    size = model.num_parameters() / 1e6
     sink.facts(
         [
             ("base", f"{run.base.label} ({model.config.model_type}, {size:.1f} M parameters, {model.dtype})"),

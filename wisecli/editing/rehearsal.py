@@ -76,7 +76,7 @@ class Rehearsal:
         rewording: Rewording | None = None,
         replay: Replay | None = None,
     ) -> None:
-        device = upper.site.weight(upper.model).device
+        device = upper.site.device(upper.model)
         self.upper, self.config, self.replay = upper, config, replay
         self.rewording = rewording or (Rewording.measure(upper) if config.rewording else None)
         self.mask = mask.to(device, torch.float32)

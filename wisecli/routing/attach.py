@@ -26,7 +26,7 @@ from wisecli.errors import BaseMismatch, InputError, RoutingError, UsageError
 from wisecli.hub import SIDE_MEMORY, fetch, is_hub_id
 from wisecli.memory.dense import DenseDeltas
 from wisecli.memory.side_memory import SideMemory
-from wisecli.models.base import matches
+from wisecli.models.base import matches, matrix_of
 from wisecli.models.prompts import Batch
 from wisecli.routing.engine import Asked, Decided, Member, OnModel
 from wisecli.routing.routers import MAIN, Route, Router, Routes, Seen
@@ -177,15 +177,14 @@ def fitting_side_memory(
         sm = sm.scoped(scope, router)
     site = sm.site
     try:
-        shape = tuple(site.weight(model).shape)
+        shape = site.shape(model)
     except AttributeError as e:
         raise BaseMismatch(
             f"This model has no module {site.path}; the side memory belongs to {sm.base.get('name')}.",
             hint="Give that base with --model.",
         ) from e
     recorded = sm.base.get("fingerprint", {})
-    weight = site.module(model).weight.detach()
-    same = shape == (site.d_out, site.d_in) and matches(weight, recorded)
+    same = shape == (site.d_out, site.d_in) and matches(matrix_of(model, site), recorded)
     if not same and (not allow_other_base or shape != (site.d_out, site.d_in)):
         raise BaseMismatch(
             f"This side memory was learned on {sm.base.get('name')}; the weights of {site.path} in this model differ.",
