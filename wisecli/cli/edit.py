@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from wisecli.cli._output import Output, figure, short
 
 if TYPE_CHECKING:
     from wisecli.data.stream import EditStream
+    from wisecli.editing.footprint import Footprint
     from wisecli.editing.run import EditRun
     from wisecli.memory.shard import RunFolder
 
@@ -122,6 +123,7 @@ def edit(
         from wisecli.models.base import load_base
 
         arguments = replace(loading, **wanted).arguments({}, _lowest(settings))
+        predicted = _predict(sink, arguments, stream, settings, more)
         base = load_base(**arguments)
         config_of_run = opt.edit_config(stream, base, **settings)
         kept = opt.cache_folder(sink, "the gate is") if cache else None
@@ -130,6 +132,10 @@ def edit(
         )
         _introduce(sink, run, located.path)
         entries = _learn(sink, run, jobs, arguments, unit)
+        if predicted is not None:
+            from wisecli.evaluation.environment import peak_memory
+
+            run.folder.note("memory", predicted=predicted.total, **peak_memory(base))
         alike = run.settled.alike
         _summarise(sink, entries, alike, verbose)
         _say_next(sink, run)
@@ -219,6 +225,46 @@ def _report_clashes(sink: Output, stream: EditStream) -> None:
         sink.warn(f"{clash.later} contradicts {clash.first} (same prompt, other target); the later edit wins")
     for clash in stream.duplicates:
         sink.warn(f"{clash.later} repeats {clash.first}")
+
+
+def _predict(
+    sink: Output, loading: Mapping[str, Any], stream: EditStream, settings: Mapping[str, Any], pool: Sequence[str]
+) -> Footprint | None:
+    """Say what the run will take, and warn where that is more than there is; nothing where it cannot be told."""
+    from wisecli.data.pool import Pool
+    from wisecli.editing.footprint import predict, room
+    from wisecli.errors import WiseError
+    from wisecli.models.base import check_dtype, loaded_dtype, outline, pick_device
+    from wisecli.models.checkpoint import bits_of
+
+    where, bits = pick_device(loading["device"]), bits_of(loading["quantize"])
+    check_dtype(loading["dtype"])
+    trust = {k: loading[k] for k in ("revision", "trust_remote_code")}
+    try:
+        bare = outline(loading["name"], **trust)
+        dtype = loaded_dtype(bare, loading["dtype"], where)
+        config = opt.edit_config(stream, bare, **settings)
+        off = loading["offload_below"] is not None
+        found = predict(
+            bare, stream.records, config, dtype=dtype, device=where, pool=Pool.of(pool), quantize=bits, lower_off=off
+        )
+    except (WiseError, RuntimeError, NotImplementedError, ValueError):  # loading says what is wrong, or nothing is
+        return None
+    parts = {"the base": found.base, "the delta": found.delta, "captured rows": found.captured, "a step": found.step}
+    said = ", ".join(f"{what} {_mib(n)}" for what, n in parts.items())
+    beside = f"; {_mib(found.host)} of the machine's" if found.host else ""
+    sink.line(f"memory: about {_mib(found.total)}, of it {said}{beside}")
+    there = room(where)
+    if there and found.total > there:
+        sink.warn(
+            f"{where} has {_mib(there)}: try --offload-lower, --dtype bfloat16 or --quantize 4bit, or --device-map "
+            "auto over several devices"
+        )
+    return found
+
+
+def _mib(n: int) -> str:
+    return f"{n / 2**20:,.0f} MiB"
 
 
 def _introduce(sink: Output, run: EditRun, source: Path) -> None:

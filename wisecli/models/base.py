@@ -116,6 +116,27 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def check_dtype(dtype: str) -> None:
+    """Refuse what is no dtype of a base.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Use auto, {', '.join(_DTYPES)}.")
+
+
+def _wanted(dtype: str, where: torch.device) -> Any:
+    return _DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+
+
+def loaded_dtype(outline: Base, dtype: str, where: torch.device) -> torch.dtype:
+    """The dtype in which a base will be loaded to a device, by `load_base`."""
+    wanted = _wanted(dtype, where)
+    own = getattr(outline.model.config, "dtype", None)
+    return wanted if isinstance(wanted, torch.dtype) else own or torch.float32
+
+
 def load_base(
     name: str | None = None,
     *,
@@ -149,15 +170,13 @@ def load_base(
             way that is not taken.
         UsageError: options that are unknown or contradict each other, or that need a library which is not installed.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Use auto, {', '.join(_DTYPES)}.")
+    check_dtype(dtype)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    demo = name is None or name == DEMO_BASE
-    source = str(_DEMO_PATH) if demo else os.path.expanduser(str(name))
+    demo, source = name in (None, DEMO_BASE), _source_of(name)
     _check_local(source)
     where = pick_device(device)
-    wanted: Any = _DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+    wanted = _wanted(dtype, where)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     reading = weights_reading(source, allow_pickle)
     with _telling(source):
@@ -180,6 +199,25 @@ def load_base(
     differentiable(model)
     commit = None if demo or Path(source).exists() else getattr(model.config, "_commit_hash", None)
     return Base(model, tokenizer, DEMO_BASE if demo else _name_of(source), commit)
+
+
+def outline(name: str | None, *, revision: str | None = None, trust_remote_code: bool = False) -> Base:
+    """A base without its weights: config, tokenizer and modules, which tell its shape before it is loaded.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = _source_of(name)
+    _check_local(source)
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _telling(source):
+        config = AutoConfig.from_pretrained(source, **common)
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return Base(model.eval().requires_grad_(False), tokenizer, source)
 
 
 @contextlib.contextmanager
@@ -240,6 +278,10 @@ def _spread(
 def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what saving and loading write into it."""
     return {k: v for k, v in config.items() if not k.startswith("_") and k not in _PROVENANCE and v is not None}
+
+
+def _source_of(name: str | None) -> str:
+    return str(_DEMO_PATH) if name in (None, DEMO_BASE) else os.path.expanduser(str(name))
 
 
 def _name_of(source: str) -> str:

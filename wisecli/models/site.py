@@ -121,6 +121,30 @@ def find_site(model: PreTrainedModel, layer: int | str = "auto", module: str | N
     return _check(model, module, index, *calls[module])
 
 
+def likely_site(model: PreTrainedModel, layer: int | str = "auto", module: str | None = None) -> EditSite:
+    """The site that `find_site` will most likely find, told from the modules of a base without weights.
+
+    Raises:
+        ModelError: no module of the layer looks like one.
+        UsageError: there is no such layer.
+    """
+    layers = decoder_layers(model)
+    names = {id(m): k for k, m in model.named_modules()}
+    if module is None:
+        index = layer_index(layer, len(layers))
+        width = model.config.get_text_config().hidden_size
+        maps = [(k, m) for k, m in layers[index].named_modules() if _is_linear(m) and _shape(m)[0] == width]
+        fits = [k for k, _ in maps if not _NOT_FFN.search(k)]
+        if not fits:
+            raise ModelError(f"No module of layer {index} looks like an FFN output projection.")
+        module = f"{names[id(layers[index])]}.{fits[-1]}"
+    else:
+        index = next((i for i, m in enumerate(layers) if module.startswith(names[id(m)] + ".")), 0)
+    m = model.get_submodule(module)
+    d_out, d_in = _shape(m)
+    return EditSite(module, index, d_in, d_out, _is_conv1d(m))
+
+
 def layer_index(layer: int | str, n: int) -> int:
     """The index of a decoder layer among n.
 
