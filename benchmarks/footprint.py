@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -97,10 +98,11 @@ def main() -> None:
             if name in SHAPES:
                 build(name, folder / "base")
             model = str(folder / "base") if name in SHAPES else name
-            argv = ["edit", str(EDITS), "--limit", str(args.edits), "--max-steps", "10", "--no-cache", "-q"]
+            argv = ["edit", str(EDITS), "--limit", str(args.edits), "--max-steps", "10", "-q"]
             argv += ["--model", model, "--dtype", args.dtype, "--device", "cpu", "--out", str(folder / "shards")]
             command = [sys.executable, __file__, *(["--quick"] if args.quick else []), "--child", *argv]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            env = {**os.environ, "WISE_CACHE": str(folder / "cache")}  # empty: the gate is worked out
+            out = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
             got = json.loads(out.splitlines()[-1])
             ratio = got["predicted"] / got["measured"]
             mib = {k: f"{v / 2**20:.0f} MiB" for k, v in got.items()}

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from wisecli.errors import ModelError, UsageError, first_line
 from wisecli.models.checkpoint import (
-    differentiable,
     lacks_safetensors,
     pickled,
     quantization_of,
     quantizing,
+    steady,
     stored_matrix,
     weights_reading,
 )
@@ -196,7 +196,7 @@ def load_base(
             hint="Fetch it again, or give a checkpoint of a causal language model.",
         )
     model = (model if spread else model.to(where)).eval().requires_grad_(False)
-    differentiable(model)
+    steady(model)
     commit = None if demo or Path(source).exists() else getattr(model.config, "_commit_hash", None)
     return Base(model, tokenizer, DEMO_BASE if demo else _name_of(source), commit)
 

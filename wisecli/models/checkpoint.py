@@ -125,7 +125,7 @@ def quantizing(config: Any, quantize: str | None, dtype: Any, option: str = "--q
     from transformers import BitsAndBytesConfig
 
     if bits == 8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)}
     own = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None) or torch.bfloat16
     return {
         "quantization_config": BitsAndBytesConfig(
@@ -159,15 +159,24 @@ def check_bitsandbytes(what: str) -> None:
         raise UsageError(f"{what} needs bitsandbytes: {e}.", hint="pip install 'wisecli[bnb]'") from e
 
 
-def differentiable(model: nn.Module) -> None:
-    """Keep 4-bit modules on the CPU from repacking themselves at their first forward, for inference alone.
+def steady(model: nn.Module) -> None:
+    """Make packed modules compute every row for itself, and let gradients through.
 
-    bitsandbytes does that where the processor has AVX512-BF16. What comes out then carries no gradient, without a
-    word, and the packed bytes are others than those that were loaded.
+    In 8 bits bitsandbytes leaves those columns of the activations whole in which any row of the batch is large: what a
+    routed row holds would change the rows beside it. The threshold is taken off, so that main memory's rows are the
+    base's bit for bit. In 4 bits, on a processor with AVX512-BF16, modules repack themselves at their first forward for
+    inference alone: no gradient comes out then, without a word. That is switched off.
     """
     for m in model.modules():
         if getattr(m, "support_avx512bf16_for_cpu", False):
             m.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if mixes_rows(m):
+            m.state.threshold = 0.0  # type: ignore[union-attr]
+
+
+def mixes_rows(m: Any) -> bool:
+    """Whether what a module makes of a row depends on the other rows of the batch; see `steady`."""
+    return type(m).__name__ == "Linear8bitLt" and m.state.threshold > 0
 
 
 def stored_matrix(model: Any, path: str, shape: tuple[int, int]) -> Tensor | None:
