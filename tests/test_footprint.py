@@ -79,8 +79,8 @@ def test_edit_says_it_and_warns_where_there_is_less(
     assert "--offload-lower, --dtype bfloat16 or --quantize 4bit" in " ".join(err.split())
     noted = [json.loads(x) for x in (tmp_path / "out" / "journal.jsonl").read_text().splitlines()]
     (memory,) = [e for e in noted if e["event"] == "memory"]
-    assert 0 < memory["predicted"]
-    assert 0 < memory["resident_bytes"]
+    assert memory["predicted"] > 0
+    assert memory["resident_bytes"] > 0
 
 
 def test_a_total_is_the_devices_alone() -> None:

@@ -56,7 +56,7 @@ def test_the_site_is_found_and_the_base_is_recognised(packed: Any, tiny_model_di
     assert not site.module(base.model).weight.is_floating_point()
     assert fingerprint(matrix_of(base.model, site)) == fingerprint(matrix_of(whole.model, site))
     w, near = site.weight(whole.model), site.weight(base.model)
-    assert 0 < float((near - w).norm() / w.norm()) < (0.15 if form == "4bit" else 0.02)
+    assert 0 < float((near - w).norm() / w.norm()) < (0.3 if form == "4bit" else 0.02)
 
 
 @each_form
