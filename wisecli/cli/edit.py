@@ -251,6 +251,7 @@ def _predict(
     except (WiseError, RuntimeError, NotImplementedError, ValueError):  # loading says what is wrong, or nothing is
         return None
     parts = {"the base": found.base, "the delta": found.delta, "captured rows": found.captured, "a step": found.step}
+    parts["gate and libraries"] = found.rest
     said = ", ".join(f"{what} {_mib(n)}" for what, n in parts.items())
     beside = f"; {_mib(found.host)} of the machine's" if found.host else ""
     sink.line(f"memory: about {_mib(found.total)}, of it {said}{beside}")

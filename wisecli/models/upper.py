@@ -281,7 +281,7 @@ def head_at(model: Any, wanted: Tensor) -> Iterator[None]:
         wanted: [B, T-1], position t-1 predicting token t; n of them are true.
     """
     handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda m, args: (args[0][:, :-1][wanted], *args[1:])
+        lambda m, args: (args[0][:, :-1][wanted.to(args[0].device)], *args[1:])
     )
     try:
         yield
