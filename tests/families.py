@@ -23,7 +23,7 @@ from wisecli.editing.merge import merge_run
 from wisecli.editing.run import EditRun
 from wisecli.errors import ModelError
 from wisecli.models.base import Base
-from wisecli.models.upper import UpperModel
+from wisecli.models.upper import StackedRows, UpperModel
 from wisecli.routing.attach import attach
 
 WIDTH, FFN, LAYERS, HEADS, CONTEXT = 32, 80, 4, 4, 256
@@ -230,7 +230,7 @@ def assert_replays(upper: UpperModel) -> None:
     handle = site.module(upper.model).register_forward_hook(lambda m, a, y: y + F.linear(a[0], delta).view_as(y))
     whole = upper.model(**batch.inputs, use_cache=False).logits[:, :-1][batch.labels[:, 1:] != -100]
     handle.remove()
-    replayed, _ = upper.logits(upper.capture(rows), delta)
+    replayed = upper.logits(StackedRows.of(upper.capture(rows)), delta)
     assert (replayed - whole).abs().max() <= 1e-4 * (1 + whole.abs().max())
 
 

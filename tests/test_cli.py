@@ -22,7 +22,7 @@ from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, few_pool_promp
 import wisecli.cli.app as application
 from wisecli.cli import _options as options
 from wisecli.cli._errors import guarded
-from wisecli.cli._options import base_of
+from wisecli.cli._options import Loading
 from wisecli.cli._output import Output, short
 from wisecli.cli.app import main
 from wisecli.cli.eval import _warn_endless
@@ -328,7 +328,7 @@ def test_the_recorded_base_is_pinned(
 ) -> None:
     monkeypatch.setattr("wisecli.models.base.load_base", lambda name, *, revision, **_: (name, revision))
     recorded = {"name": "org/base", "revision": "abc"}
-    assert base_of(recorded, model, revision, "auto", "cpu", False) == loaded
+    assert Loading(model, revision).base(recorded) == loaded
 
 
 def test_the_whole_job(worked: Path, capsys: pytest.CaptureFixture[str]) -> None:

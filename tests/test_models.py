@@ -341,7 +341,7 @@ def test_the_last_ffn_sees_nothing_but_the_positions_that_predict(tiny_model: An
 
 def test_a_last_ffn_that_mixes_positions_runs_on_all_of_them(tiny_model: Any, encoder: Any) -> None:
     model = tiny_model("llama", fresh=True)
-    model.model.layers[-1].mlp.register_forward_pre_hook(lambda m, args: (args[0] + args[0].roll(1, -2),))
+    model.model.layers[-1].mlp.register_forward_pre_hook(lambda m, args: (args[0] + F.pad(args[0], (0, 0, 1, -1)),))
     site = find_site(model)
     upper = UpperModel(model, site, encoder)
     rows = rows_of(encoder)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -25,20 +28,47 @@ Model = Annotated[
         "--model", "-m", metavar="BASE", help="Folder or hub id of the base. Default: the one recorded, else wise-demo."
     ),
 ]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a base on the hub.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")]
+_BASE = "Base"
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a base on the hub.", rich_help_panel=_BASE),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_BASE)]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="4bit|8bit|none",
+        help="Pack the base by bitsandbytes while it is loaded. Default: as recorded.",
+        rich_help_panel=_BASE,
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_BASE)]
 DeviceMap = Annotated[
     str | None,
-    typer.Option("--device-map", metavar="auto", help="Spread the base over all devices, in place of --device."),
+    typer.Option(
+        "--device-map",
+        metavar="auto",
+        help="Spread the base over all devices, in place of --device.",
+        rich_help_panel=_BASE,
+    ),
 ]
 OffloadLower = Annotated[
     bool,
     typer.Option(
         "--offload-lower",
         help="Keep the layers below the edited one off the device: in memory, or on disk where all runs on the CPU.",
+        rich_help_panel=_BASE,
     ),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Read weights from pickles where there are no safetensors.", rich_help_panel=_BASE
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.", rich_help_panel=_BASE)
 ]
 RouterName = Annotated[str | None, typer.Option("--router", help="key or activation; default: the side memory's own.")]
 Scope = Annotated[
@@ -81,6 +111,75 @@ SideMemoryFile = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a base is loaded, as every command that loads one asks for it; `loads_base` makes options of the fields."""
+
+    model: Model = None
+    revision: Revision = None
+    dtype: Dtype = "auto"
+    quantize: Quantize = None
+    device: Device = "auto"
+    device_map: DeviceMap = None
+    offload_lower: OffloadLower = False
+    allow_pickle: AllowPickle = False
+    trust_remote_code: TrustRemoteCode = False
+
+    def arguments(self, recorded: Mapping[str, Any], layer: int | str = "auto") -> dict[str, Any]:
+        """Arguments of `load_base` for the base that a run or a side memory recorded, or for the one given instead.
+
+        Args:
+            recorded: its `name`, `revision` and `quantization`; empty where nothing was, which is the default base.
+            layer: the edited one, the first to stay on the device with --offload-lower.
+        """
+        packed = recorded.get("quantization") if self.model is None else None
+        quantize = f"{packed['bits']}bit" if packed and self.quantize is None else self.quantize
+        return {
+            "name": self.model if self.model is not None else recorded.get("name"),
+            "revision": self.revision if self.model is not None or self.revision else recorded.get("revision"),
+            "dtype": self.dtype,
+            "device": self.device,
+            "trust_remote_code": self.trust_remote_code,
+            "device_map": self.device_map,
+            "offload_below": layer if self.offload_lower else None,
+            "quantize": quantize,
+            "allow_pickle": self.allow_pickle,
+        }
+
+    def base(self, recorded: Mapping[str, Any], layer: int | str = "auto") -> Base:
+        """The base, loaded; see `arguments`."""
+        from wisecli.models.base import load_base
+
+        return load_base(**self.arguments(recorded, layer))
+
+    def of(self, sm: SideMemory | None) -> Base:
+        """The base of a side memory, or the default one, loaded."""
+        return self.base(sm.base, sm.site.layer) if sm is not None else self.base({})
+
+
+LOADING = tuple(f.name for f in fields(Loading))
+
+
+def loads_base(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of `Loading` in the place of its parameter `loading`."""
+
+    @functools.wraps(command)
+    def with_options(**options: Any) -> None:
+        command(loading=Loading(**{name: options.pop(name) for name in LOADING}), **options)
+
+    hints, parameters = get_type_hints(command, include_extras=True), []
+    own = get_type_hints(Loading, include_extras=True)
+    for p in inspect.signature(command).parameters.values():
+        if p.name != "loading":
+            parameters.append(p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]))
+            continue
+        for f in fields(Loading):
+            parameters.append(inspect.Parameter(f.name, p.KEYWORD_ONLY, default=f.default, annotation=own[f.name]))
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+    return with_options
+
+
 def given(ctx: typer.Context, name: str) -> bool:
     """Whether an option was given on the command line."""
     source = ctx.get_parameter_source(name)
@@ -104,28 +203,6 @@ def cache_folder(sink: Output, kept: str) -> Path | None:
         sink.warn(f"{kept} not kept: {e.message} WISE_CACHE names another folder")
         return None
     return folder
-
-
-def base_of(
-    recorded: Mapping[str, Any],
-    model: str | None,
-    revision: str | None,
-    dtype: str,
-    device: str,
-    trust: bool,
-    **placing: Any,
-) -> Base:
-    """Load the base that a run or a side memory recorded, at its revision, or the one given instead.
-
-    Args:
-        recorded: its `name` and `revision`; empty where nothing was recorded, which is the default base.
-        placing: `device_map` and `offload_below` of `load_base`.
-    """
-    from wisecli.models.base import load_base
-
-    name = model if model is not None else recorded.get("name")
-    pinned = revision if model is not None or revision else recorded.get("revision")
-    return load_base(name, revision=pinned, dtype=dtype, device=device, trust_remote_code=trust, **placing)
 
 
 def read_side_memory(sink: Output, given: Path) -> tuple[Path, SideMemory]:
@@ -176,7 +253,7 @@ def run_settings(ctx: typer.Context, path: Path | None, **options: Any) -> tuple
     Args:
         ctx: of the command.
         path: the config file, if any.
-        options: all of the command's, with their defaults; `model`, `revision` and `dtype` among them.
+        options: all of the command's, with their defaults; those that say which base among them.
     """
     from wisecli.editing.config import EditConfig
     from wisecli.editing.config_file import ConfigFile
@@ -186,7 +263,7 @@ def run_settings(ctx: typer.Context, path: Path | None, **options: Any) -> tuple
     dropped = {belongs for name, belongs in (("model", "revision"), ("layer", "module")) if name in typed}
     said = {k: v for k, v in {**file.base, **file.settings}.items() if k not in typed | dropped}
     settings = options | said
-    loading = {k: settings.pop(k) for k in ("model", "revision", "dtype")}
+    loading: dict[str, Any] = {k: settings.pop(k) for k in ("model", "revision", "dtype", "quantize")}
     EditConfig(**{k: v for k, v in settings.items() if v is not None})
     return loading, settings
 

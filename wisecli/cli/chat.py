@@ -32,10 +32,10 @@ _COMMANDS = {
 _HISTORY_LINES = 1000
 
 
+@opt.loads_base
 def chat(
     question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="Ask this and leave.")] = None,
     side_memory: opt.SideMemoryFile = None,
-    model: opt.Model = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Ask this and leave; can be given several times.")
     ] = None,
@@ -45,10 +45,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message, with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     allow_other_base: opt.AllowOtherBase = False,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    trust_remote_code: opt.TrustRemoteCode = False,
+    loading: opt.Loading = opt.Loading(),
     json: Annotated[bool, typer.Option("--json", help="One JSON object per answer on stdout.")] = False,
 ) -> None:
     """Talk to a base with its side memory, and see which memory answered.
@@ -64,7 +61,7 @@ def chat(
             from wisecli.routing.attach import attach
 
             side_memory, sm = opt.read_side_memory(sink, side_memory) if side_memory else (None, None)
-            base = opt.base_of(sm.base if sm else {}, model, revision, dtype, device, trust_remote_code)
+            base = loading.of(sm)
             encoder = opt.asked_form(sink, template, sm, base)
             attached = None
             if sm is not None:

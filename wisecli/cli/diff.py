@@ -25,6 +25,7 @@ _IS_DIGEST = re.compile("[0-9a-f]{64}")
 _GAP = 3
 
 
+@opt.loads_base
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="Side memory file, or a packaged folder.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
@@ -34,11 +35,7 @@ def diff(
     ask_edits: Annotated[
         bool, typer.Option("--ask-edits", help="Also ask both the prompts of all their edits; loads the base.")
     ] = False,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    trust_remote_code: opt.TrustRemoteCode = False,
+    loading: opt.Loading = opt.Loading(),
     json: opt.Json = False,
 ) -> None:
     """Show what differs between two side memories: edits, settings, tensors, and on request their answers.
@@ -61,7 +58,7 @@ def diff(
         document = {"a": str(a), "b": str(b), **found.to_json(), "answers": None}
         _show(sink, found)
         if prompts is not None or ask_edits:
-            base = opt.base_of(one.side_memory.base, model, revision, dtype, device, trust_remote_code)
+            base = loading.of(one.side_memory)
             pairs, asked = _answers(sink, base, one, other, prompts)
             _show_answers(sink, pairs, asked, [len(s.side_memory.memories) for s in (one, other)])
             document["answers"] = {"asked": asked, "differ": [p.to_json() for p in pairs]}

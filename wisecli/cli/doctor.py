@@ -20,8 +20,8 @@ _GATE = ("gate AUC", "wordings in", "near in")
 _STYLES = {"ready": "bold green", "limited": "bold yellow"}
 
 
+@opt.loads_base
 def doctor(
-    model: opt.Model = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the settings for wise edit --config here.")
     ] = None,
@@ -32,10 +32,7 @@ def doctor(
     seed: Annotated[int, typer.Option(help="Seed of the probe edits, and of the run that is described.")] = 0,
     chat: opt.Chat = None,
     pool: opt.Pool = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    trust_remote_code: opt.TrustRemoteCode = False,
+    loading: opt.Loading = opt.Loading(),
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -57,16 +54,15 @@ def doctor(
             refuse_other(out)
             ensure_writable(out.parent)
         from wisecli.doctor import DoctorOptions
-        from wisecli.models.base import load_base
 
-        base = load_base(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        base = loading.base({}, min(wanted, default="auto"))
         report = _examine(sink, base, DoctorOptions(wanted, edits, seed, chat, more))
-        config = _config(report)
+        config = _config(report, loading.quantize)
         if out is not None and config is not None:
             write_config(out, config)
         _show(sink, report)
         written = out if config is not None else None
-        _next(sink, report, written, pool, trust_remote_code)
+        _next(sink, report, written, pool, loading)
         sink.result(
             {**report.to_json(), "config": config, "out": str(written) if written else None},
             str(written) if written else None,
@@ -101,12 +97,13 @@ def _examine(sink: Output, base: Base, options: Any) -> DoctorReport:
             bar.update(task, completed=step.done)
 
 
-def _config(report: DoctorReport) -> dict[str, Any] | None:
+def _config(report: DoctorReport, quantize: str | None) -> dict[str, Any] | None:
     """The settings as a file holds them, with the base they are for; None where the base cannot be edited."""
     if report.config is None:
         return None
     base = report.base
-    return {"model": base["name"], "revision": base["revision"], "dtype": base["dtype"], **report.config}
+    packed = {"quantize": quantize} if quantize else {}
+    return {"model": base["name"], "revision": base["revision"], "dtype": base["dtype"], **packed, **report.config}
 
 
 def _show(sink: Output, report: DoctorReport) -> None:
@@ -183,7 +180,7 @@ def _share(f: Figure) -> str:
     return f"{figure(f.value)}{between} of {f.n}"
 
 
-def _next(sink: Output, report: DoctorReport, out: Path | None, pool: Path | None, trust: bool) -> None:
+def _next(sink: Output, report: DoctorReport, out: Path | None, pool: Path | None, loading: opt.Loading) -> None:
     if report.config is None:
         return
     command: Sequence[str] = ("wise", "edit", "EDITS.jsonl")
@@ -193,6 +190,8 @@ def _next(sink: Output, report: DoctorReport, out: Path | None, pool: Path | Non
         command = (*command, "--layer", str(report.layer), "--seed", str(report.config["seed"]))
         command = (*command, "--model", str(report.base["name"]), "--dtype", str(report.base["dtype"]))
         command = (*command, *(("--revision", str(report.base["revision"])) if report.base["revision"] else ()))
+        command = (*command, *(("--quantize", loading.quantize) if loading.quantize else ()))
         command = (*command, "--chat" if report.config["chat"] else "--no-chat")
-    command = (*command, *(("--pool", str(pool)) if pool else ()), *(("--trust-remote-code",) if trust else ()))
+    flags = [f"--{k.replace('_', '-')}" for k in ("allow_pickle", "trust_remote_code") if getattr(loading, k)]
+    command = (*command, *(("--pool", str(pool)) if pool else ()), *flags)
     sink.line(f"Wrote {out}. Next:" if out is not None else "Next:", command=shlex.join(command))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,16 +17,17 @@ from wisecli.cli._output import Output, figure, short
 
 if TYPE_CHECKING:
     from wisecli.data.stream import EditStream
+    from wisecli.editing.footprint import Footprint
     from wisecli.editing.run import EditRun
     from wisecli.memory.shard import RunFolder
 
 _SHOWN_FAILURES = 10
 
 
+@opt.loads_base
 def edit(
     ctx: typer.Context,
     edits: Annotated[str, typer.Argument(metavar="EDITS", help="JSONL or JSON file of edits, or a dataset's name.")],
-    model: opt.Model = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards.")] = Path("shards"),
     layer: Annotated[str, typer.Option(help="Decoder layer to edit: auto or a number.")] = "auto",
     module: Annotated[str | None, typer.Option(help="Module path of the matrix, instead of a search.")] = None,
@@ -70,12 +72,7 @@ def edit(
         typer.Option("--cache/--no-cache", help="On the CPU, keep the gate of a base and a layer for the next run."),
     ] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the outcome of every edit.")] = False,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    offload_lower: opt.OffloadLower = False,
-    trust_remote_code: opt.TrustRemoteCode = False,
+    loading: opt.Loading = opt.Loading(),
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -98,12 +95,13 @@ def edit(
         located, stream = read_dataset(edits, limit)
         _report_clashes(sink, stream)
         more = opt.read_pool(pool)
-        loading, settings = opt.run_settings(
+        wanted, settings = opt.run_settings(
             ctx,
             config,
-            model=model,
-            revision=revision,
-            dtype=dtype,
+            model=loading.model,
+            revision=loading.revision,
+            dtype=loading.dtype,
+            quantize=loading.quantize,
             layer=layer if layer == "auto" else _number(layer),
             module=module,
             shards=count,
@@ -119,14 +117,14 @@ def edit(
         )
         if older is not None:
             out = older.path
-            loading, settings, texts = _as_before(ctx, older, len(stream), loading, settings)
+            wanted, settings, texts = _as_before(ctx, older, len(stream), wanted, settings)
         ensure_writable(out)
         from wisecli.editing.run import EditRun
         from wisecli.models.base import load_base
 
-        loading |= {"name": loading.pop("model"), "device": device, "trust_remote_code": trust_remote_code}
-        loading |= {"device_map": device_map, "offload_below": _lowest(settings) if offload_lower else None}
-        base = load_base(**loading)
+        arguments = replace(loading, **wanted).arguments({}, _lowest(settings))
+        predicted = _predict(sink, arguments, stream, settings, more)
+        base = load_base(**arguments)
         config_of_run = opt.edit_config(stream, base, **settings)
         kept = opt.cache_folder(sink, "the gate is") if cache else None
         run = EditRun(
@@ -134,7 +132,11 @@ def edit(
         )
         _introduce(sink, run, located.path)
         _say_layer(sink, run)
-        entries = _learn(sink, run, jobs, loading, unit)
+        entries = _learn(sink, run, jobs, arguments, unit)
+        if predicted is not None:
+            from wisecli.evaluation.environment import peak_memory
+
+            run.folder.note("memory", predicted=predicted.total, **peak_memory(base))
         alike = run.settled.alike
         _summarise(sink, entries, alike, verbose)
         _say_next(sink, run)
@@ -186,7 +188,9 @@ def _as_before(
     from wisecli.editing.run import as_before
 
     run = older.run
-    recorded = {"model": run["base"]["name"], "revision": run["base"].get("revision"), "dtype": run["base"]["dtype"]}
+    recorded = {k: run["base"].get(k) for k in ("revision", "dtype")} | {"model": run["base"]["name"]}
+    packed = run["base"].get("quantization")
+    recorded["quantize"] = f"{packed['bits']}bit" if packed else None
     loading = {k: v if _given(ctx, k) else recorded[k] for k, v in loading.items()}
     known = as_before(older, edits)
     return loading, {k: settings[k] if k in settings and _given(ctx, k) else v for k, v in known.items()}, run["texts"]
@@ -222,9 +226,50 @@ def _report_clashes(sink: Output, stream: EditStream) -> None:
         sink.warn(f"{clash.later} repeats {clash.first}")
 
 
+def _predict(
+    sink: Output, loading: Mapping[str, Any], stream: EditStream, settings: Mapping[str, Any], pool: Sequence[str]
+) -> Footprint | None:
+    """Say what the run will take, and warn where that is more than there is; nothing where it cannot be told."""
+    from wisecli.data.pool import Pool
+    from wisecli.editing.footprint import predict, room
+    from wisecli.errors import WiseError
+    from wisecli.models.base import check_dtype, loaded_dtype, outline, pick_device
+    from wisecli.models.checkpoint import bits_of
+
+    where, bits = pick_device(loading["device"]), bits_of(loading["quantize"])
+    check_dtype(loading["dtype"])
+    trust = {k: loading[k] for k in ("revision", "trust_remote_code")}
+    try:
+        bare = outline(loading["name"], **trust)
+        dtype = loaded_dtype(bare, loading["dtype"], where)
+        config = opt.edit_config(stream, bare, **settings)
+        off = loading["offload_below"] is not None
+        found = predict(
+            bare, stream.records, config, dtype=dtype, device=where, pool=Pool.of(pool), quantize=bits, lower_off=off
+        )
+    except (WiseError, RuntimeError, NotImplementedError, ValueError):  # loading says what is wrong, or nothing is
+        return None
+    parts = {"the base": found.base, "the delta": found.delta, "captured rows": found.captured, "a step": found.step}
+    parts["gate and libraries"] = found.rest
+    said = ", ".join(f"{what} {_mib(n)}" for what, n in parts.items())
+    beside = f"; {_mib(found.host)} of the machine's" if found.host else ""
+    sink.line(f"memory: about {_mib(found.total)}, of it {said}{beside}")
+    there = room(where)
+    if there and found.total > there:
+        sink.warn(
+            f"{where} has {_mib(there)}: try --offload-lower, --dtype bfloat16 or --quantize 4bit, or --device-map "
+            "auto over several devices"
+        )
+    return found
+
+
+def _mib(n: int) -> str:
+    return f"{n / 2**20:,.0f} MiB"
+
+
 def _introduce(sink: Output, run: EditRun, source: Path) -> None:
     model, site = run.base.model, run.site
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    size = model.num_parameters() / 1e6
     sink.facts(
         [
             ("base", f"{run.base.label} ({model.config.model_type}, {size:.1f} M parameters, {model.dtype})"),

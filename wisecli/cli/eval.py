@@ -25,6 +25,7 @@ _LEARN = "Learning"
 _CHECKS = "Checks"
 
 
+@opt.loads_base
 def evaluate(
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="demo, zsre, another name, or a file.")] = "demo",
     side_memory: opt.SideMemoryFile = None,
@@ -93,13 +94,9 @@ def evaluate(
     min_loc: Annotated[
         float | None, typer.Option(min=0, max=1, help="Exit with 3 below it (exact).", rich_help_panel=_CHECKS)
     ] = None,
-    model: opt.Model = None,
     dataset_revision: Annotated[str | None, typer.Option(help="Commit of a dataset on the hub.")] = None,
     allow_other_base: opt.AllowOtherBase = False,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    trust_remote_code: opt.TrustRemoteCode = False,
+    loading: opt.Loading = opt.Loading(),
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -151,7 +148,7 @@ def evaluate(
 
         if sm is not None and scope is not None:
             sm = sm.scoped(scope, router)
-        base = opt.base_of(sm.base if sm else {}, model, revision, dtype, device, trust_remote_code)
+        base = loading.of(sm)
         _warn_endless(sink, base)
         if learning is None:
             encoder = opt.asked_form(sink, chat, sm, base)

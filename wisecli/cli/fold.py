@@ -53,7 +53,8 @@ def fold(
         index = check_fold(sm, out, memory, force)
         if lora:
             _refuse_lora(sm, index)
-        base = opt.base_of(sm.base, model, revision, STORED, "cpu", trust_remote_code)
+        whole = opt.Loading(model, revision, STORED, "none", "cpu", trust_remote_code=trust_remote_code)
+        base = whole.of(sm)
         folded = fold_side_memory(
             base, sm, out, memory=index, dtype=dtype, force=force, allow_other_base=allow_other_base
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from wisecli.models.base import Base
 
 _REBUILD = "Rebuilding"
-_BASE = ("pool", "model", "revision", "dtype", "device", "trust_remote_code")  # options that only rebuilding needs
+_BASE = ("pool", *opt.LOADING)  # options that only rebuilding needs
 _SHOWN = 10
 
 
+@opt.loads_base
 def forget(
     ctx: typer.Context,
     ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of the edits, as wise log lists them.")],
@@ -45,11 +47,7 @@ def forget(
         bool, typer.Option("--dry-run", help="Only say what rebuilding takes.", rich_help_panel=_REBUILD)
     ] = False,
     pool: opt.Pool = None,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    trust_remote_code: opt.TrustRemoteCode = False,
+    loading: opt.Loading = opt.Loading(),
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -72,9 +70,8 @@ def forget(
             raise UsageError(f"{idle[0]} is for learning anew.", hint="Add --rebuild, or leave it out.")
         ids = list(dict.fromkeys(ids))
         if rebuild and shards is not None:
-            loading = {"model": model, "revision": revision, "dtype": dtype, "device": device}
             again = _Again(sink, shards, side_memory, out, ids)
-            result = again.plan() if dry_run else again.run(opt.read_pool(pool), loading, trust_remote_code)
+            result = again.plan() if dry_run else again.run(opt.read_pool(pool), loading)
         else:
             result = _close(sink, ids, side_memory, shards, out)
         sink.result(result, "\n".join(result["written"]))
@@ -149,7 +146,7 @@ class _Again:
         about = {"shards": list(plan.shards), "edits": plan.edits, "seconds": plan.seconds}
         return {"withdrawn": [], "written": [], "plan": about}
 
-    def run(self, pool: Sequence[str], loading: Mapping[str, Any], trust: bool) -> dict[str, Any]:
+    def run(self, pool: Sequence[str], loading: opt.Loading) -> dict[str, Any]:
         """Withdraw, learn anew, merge again as before, and ask."""
         from wisecli.data.records import EditRecord
         from wisecli.editing.rebuild import Rebuild
@@ -159,8 +156,8 @@ class _Again:
         if self.file is not None:
             ensure_writable((self.out or self.file).parent)
         recorded = self.folder.run["base"]
-        dtype = recorded["dtype"] if loading["dtype"] == "auto" else loading["dtype"]
-        base = opt.base_of(recorded, loading["model"], loading["revision"], dtype, loading["device"], trust)
+        dtype = recorded["dtype"] if loading.dtype == "auto" else loading.dtype
+        base = replace(loading, dtype=dtype).base(recorded, self.folder.site.layer)
         known = [e for e in self.folder.entries() if e["id"] in self.ids and "prompt" in e]
         prompts = {e["id"]: EditRecord.of_entry(e).asked for e in known}
         job = Rebuild(base, self.folder, pool, self.ids)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _MEDIAN = 2  # of minimum, 1 %, median, 99 %, maximum
 
 
+@opt.loads_base
 def merge(
     shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="Folder written by wise edit.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("sm.safetensors"),
@@ -43,13 +44,7 @@ def merge(
             "the key router alone has a threshold then.",
         ),
     ] = True,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    offload_lower: opt.OffloadLower = False,
-    trust_remote_code: opt.TrustRemoteCode = False,
+    loading: opt.Loading = opt.Loading(),
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -74,8 +69,7 @@ def merge(
 
         base = None
         if calibrate:
-            placing = {"device_map": device_map, "offload_below": run.site.layer if offload_lower else None}
-            base = opt.base_of(run.run["base"], model, revision, dtype, device, trust_remote_code, **placing)
+            base = loading.base(run.run["base"], run.site.layer)
         how = {"method": method, "density": density, "weights": factors, "rehearse": rehearse, "scope": scope}
         side_memory = merge_run(run, base=base, memories=None if retrieve else memories, **how)
         side_memory.save(out)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from wisecli.packaging import Measured, PackageReport
 
 
+@opt.loads_base
 def package(
     side_memory: Annotated[Path, typer.Argument(metavar="SIDE_MEMORY", help="File written by wise merge.")] = Path(
         "sm.safetensors"
@@ -38,11 +39,7 @@ def package(
         str | None, typer.Option("--push", metavar="REPO", help="Upload it to the hub: ORG/NAME or ORG/NAME@BRANCH.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository, with --push.")] = False,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    trust_remote_code: opt.TrustRemoteCode = False,
+    loading: opt.Loading = opt.Loading(),
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -68,7 +65,7 @@ def package(
         _warn(sink, sm)
         measured = None
         if measure:
-            base = opt.base_of(sm.base, model, revision, dtype, device, trust_remote_code)
+            base = loading.of(sm)
             measured = _measure(sink, base, sm)
         report = package_side_memory(
             sm, out, ledger=ledger, measured=measured, evaluation=results, licence=licence, force=force

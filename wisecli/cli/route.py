@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _BATCH = 32
 
 
+@opt.loads_base
 def route(
     side_memory: Annotated[
         Path,
@@ -39,12 +40,8 @@ def route(
     router: opt.RouterName = None,
     scope: opt.Scope = None,
     chat: opt.AskedChat = None,
-    model: opt.Model = None,
     allow_other_base: opt.AllowOtherBase = False,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    trust_remote_code: opt.TrustRemoteCode = False,
+    loading: opt.Loading = opt.Loading(),
     json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt on stdout.")] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print only main or side for each prompt; side N of several.")
@@ -66,7 +63,7 @@ def route(
         for prompt in prompts or ():
             check_prompt(prompt)
         side_memory, sm = opt.read_side_memory(sink, side_memory)
-        base = opt.base_of(sm.base, model, revision, dtype, device, trust_remote_code)
+        base = loading.of(sm)
         encoder = opt.asked_form(sink, chat, sm, base)
         sm = sm.asked_in(encoder.chat, encoder.rule)
         why = None

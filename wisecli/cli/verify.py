@@ -23,6 +23,7 @@ _STATE = {True: "ok", False: "FAILED", None: "-"}
 _GAP = 3
 
 
+@opt.loads_base
 def verify(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Side memory file, or a packaged folder.")],
     ask: Annotated[
@@ -34,11 +35,7 @@ def verify(
     accept_failed: Annotated[
         bool, typer.Option("--accept-failed", help="Edits that are recorded as failed may fail.")
     ] = False,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    trust_remote_code: opt.TrustRemoteCode = False,
+    loading: opt.Loading = opt.Loading(),
     json: opt.Json = False,
 ) -> None:
     """Check that a side memory is whole and fits its base, and ask every edit again. Exit code 3 if anything fails.
@@ -57,7 +54,7 @@ def verify(
         sm, checks = check_file(path)
         asked: list[AskedEdit] | None = None
         if sm is not None and compare_base and all(c.ok is not False for c in checks):
-            base = opt.base_of(sm.base, model, revision, dtype, device, trust_remote_code)
+            base = loading.of(sm)
             checks.append(check_base(base, sm))
             if ask and checks[-1].ok:
                 asked = _ask(sink, base, sm)

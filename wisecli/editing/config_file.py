@@ -20,8 +20,9 @@ from wisecli.editing.config import EditConfig
 from wisecli.errors import InputError, OutputError, WiseError
 from wisecli.memory.files import write_json
 
+QUANTIZE = ("4bit", "8bit", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-BASE = ("model", "revision", "dtype")
+BASE = ("model", "revision", "dtype", "quantize")
 FIELDS = (*BASE, *EditConfig.__dataclass_fields__)
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
@@ -31,7 +32,7 @@ class ConfigFile:
     """What a config file says.
 
     Attributes:
-        base: those of `model`, `revision` and `dtype` that it names.
+        base: those of `BASE` that it names.
         settings: the fields of `EditConfig` that it names, as that takes them.
     """
 
@@ -102,6 +103,8 @@ def _problem(key: str, value: Any) -> str | None:
         fits = (isinstance(value, str) and value.strip()) or (value is None and key == "revision")
         if key == "dtype":
             allowed, fits = f"one of {', '.join(DTYPES)}", value in DTYPES
+        if key == "quantize":
+            allowed, fits = f"one of {', '.join(QUANTIZE)} or null", value in (*QUANTIZE, None)
         return None if fits else f'"{key}" must be {allowed}, not {shown}'
     if key == "layer" and not (value == "auto" or _fits(value, int)):
         return f'"layer" must be a whole number or "auto", not {shown}'

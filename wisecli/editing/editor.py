@@ -34,7 +34,7 @@ from wisecli.memory.bits import SparseDelta, draw_mask
 from wisecli.memory.keys import crowding
 from wisecli.memory.lookup import alike
 from wisecli.memory.shard import FAILED, FORMAT_VERSION, RUN_FORMAT, SUPERSEDED, TOOK, Gate, Shard
-from wisecli.models.base import Base, context_of, fingerprint
+from wisecli.models.base import Base, context_of, fingerprint, matrix_of
 from wisecli.models.prompts import PromptEncoder
 from wisecli.models.site import find_site
 from wisecli.models.upper import UpperModel
@@ -202,6 +202,7 @@ class Editor:
                 "model_type": model.config.model_type,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "fingerprint": self._fingerprint,
+                **({"quantization": self.base.quantization} if self.base.quantization else {}),
             },
             "site": asdict(self.site),
             "content_rule": self.encoder.rule.to_json(),
@@ -214,7 +215,7 @@ class Editor:
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
-        return fingerprint(self.site.module(self.base.model).weight.detach())
+        return fingerprint(matrix_of(self.base.model, self.site))
 
 
 class OpenShard:

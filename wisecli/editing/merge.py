@@ -46,7 +46,7 @@ from wisecli.memory.shard import (
     keys_in_force,
 )
 from wisecli.memory.side_memory import MAIN_MEMORY, EditEntry, Memory, SideMemory
-from wisecli.models.base import Base, matches
+from wisecli.models.base import Base, matches, matrix_of
 from wisecli.models.prompts import ContentRule, PromptEncoder
 from wisecli.models.site import EditSite
 from wisecli.models.upper import CapturedRow, StackedRows, UpperModel
@@ -245,7 +245,7 @@ def check_base(run: RunFolder, base: Base) -> None:
         BaseMismatch: its matrix at the run's edit site holds other weights.
     """
     try:
-        weight = run.site.module(base.model).weight.detach()
+        weight = matrix_of(base.model, run.site)
     except AttributeError:
         weight = torch.zeros(0)
     if not matches(weight, run.run["base"]["fingerprint"]):

@@ -42,9 +42,9 @@ class Published:
     ) -> None:
         self.upper, self.config, self.replay = upper, config, replay
         self.margins = margins or Margins(upper, config.margins)
-        weight = upper.site.weight(upper.model)
-        self.mask = mask.to(weight.device, torch.float32)
-        self.delta = torch.zeros(mask.shape, device=weight.device, requires_grad=True)
+        device = upper.site.device(upper.model)
+        self.mask = mask.to(device, torch.float32)
+        self.delta = torch.zeros(mask.shape, device=device, requires_grad=True)
         self.edits: list[CapturedEdit] = []
         self.steps: list[int] = []
 

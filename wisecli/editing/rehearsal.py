@@ -74,7 +74,7 @@ class Rehearsal:
         start: Tensor | None = None,
         replay: Replay | None = None,
     ) -> None:
-        device = upper.site.weight(upper.model).device
+        device = upper.site.device(upper.model)
         self.upper, self.config, self.replay = upper, config, replay
         self.rewording = Rewording.of(upper) if config.rewording else None
         self.mask = mask.to(device, torch.float32)

@@ -40,9 +40,7 @@ class Rewording:
     @classmethod
     def measure(cls, upper: UpperModel) -> Rewording:
         """Between the first two wordings of pool facts, in both directions."""
-        facts = [f for f in pool_facts()[:_FACTS] if len(f.prompts) > 1]
-        pairs = [upper.encoder.pair(p, f.answer) for f in facts for p in f.prompts[:2]]
-        captured = upper.capture(pairs)
+        captured = upper.capture([upper.encoder.pair(*wording) for wording in wordings()])
         moves = []
         for one, other in zip(captured[::2], captured[1::2], strict=True):
             here, there = _predicting(one), _predicting(other)
@@ -61,6 +59,11 @@ class Rewording:
         a[at] += move_a[like]
         stream[at] += move_stream[like]
         return replace(row, a=a, stream=stream)
+
+
+def wordings() -> list[tuple[str, str]]:
+    """The first two wordings of pool facts, one after the other, each with the fact's answer."""
+    return [(p, f.answer) for f in pool_facts()[:_FACTS] if len(f.prompts) > 1 for p in f.prompts[:2]]
 
 
 def _predicting(row: CapturedRow) -> Tensor:

@@ -25,10 +25,11 @@ def describe_base(base: Base, digest: bool = True) -> dict[str, Any]:
         "revision": base.revision,
         "label": base.label,
         "model_type": model.config.model_type,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
     }
+    about |= {"quantization": base.quantization} if base.quantization else {}
     return about | {"digest": base.digest} if digest else about
 
 

@@ -23,7 +23,7 @@ from wisecli.inspection.ledger import outcome_of
 from wisecli.memory.files import read_json
 from wisecli.memory.shard import TOOK, WITHDRAWN
 from wisecli.memory.side_memory import MAIN_MEMORY, SideMemory
-from wisecli.models.base import Base, matches
+from wisecli.models.base import Base, matches, matrix_of
 from wisecli.routing.attach import side_memory_file
 from wisecli.routing.routers import ROUTERS
 
@@ -78,13 +78,13 @@ def check_base(base: Base, sm: SideMemory) -> Check:
     """Whether the base is the one that the side memory was learned on, by the fingerprint of the edited matrix."""
     recorded, site = sm.base.get("fingerprint") or {}, sm.site
     try:
-        weight = site.weight(base.model)
+        found = site.shape(base.model)
     except AttributeError:
         return Check("base", False, f"{base.label} has no module {site.path}")
-    if tuple(weight.shape) != (site.d_out, site.d_in):
-        shape = " x ".join(str(n) for n in weight.shape)
+    if found != (site.d_out, site.d_in):
+        shape = " x ".join(str(n) for n in found)
         return Check("base", False, f"{site.path} of {base.label} is {shape}, not {site.d_out} x {site.d_in}")
-    if not matches(site.module(base.model).weight.detach(), recorded):
+    if not matches(matrix_of(base.model, site), recorded):
         name = sm.base.get("name")
         return Check(
             "base", False, f"{site.path} of {base.label} holds other weights than {name} had when it was learned"

@@ -23,6 +23,16 @@ import torch
 from torch import Tensor
 
 from wisecli.errors import ModelError, UsageError, WiseError, first_line
+from wisecli.models.checkpoint import (
+    lacks_safetensors,
+    pickled,
+    quantization_of,
+    quantizing,
+    steady,
+    stored_matrix,
+    weights_reading,
+)
+from wisecli.models.site import EditSite
 from wisecli.versions import versions
 
 if TYPE_CHECKING:
@@ -34,6 +44,7 @@ _DEMO_PATH = Path(__file__).resolve().parent.parent / "base"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = "stored"
 _PROVENANCE = ("architectures", "dtype", "transformers_version")  # the tensors tell their dtype
+_NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"  # read by transformers, which else asks a service on the hub
 _FINGERPRINT_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -62,6 +73,11 @@ class Base:
     @property
     def label(self) -> str:
         return f"{self.name}@{self.revision[:12]}" if self.revision else self.name
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """Method and bits of a quantised base; None where its weights are whole."""
+        return quantization_of(self.model.config)
 
     @cached_property
     def digest(self) -> str | None:
@@ -115,6 +131,28 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def check_dtype(dtype: str) -> None:
+    """Refuse what is no dtype of a base.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if dtype not in ("auto", STORED) and dtype not in _DTYPES:
+        raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Use auto, {', '.join(_DTYPES)}.")
+
+
+def _wanted(dtype: str, where: torch.device) -> Any:
+    as_stored = dtype == STORED or where.type != "cpu"
+    return _DTYPES.get(dtype, "auto" if as_stored else torch.float32)
+
+
+def loaded_dtype(outline: Base, dtype: str, where: torch.device) -> torch.dtype:
+    """The dtype in which a base will be loaded to a device, by `load_base`."""
+    wanted = _wanted(dtype, where)
+    own = getattr(outline.model.config, "dtype", None)
+    return wanted if isinstance(wanted, torch.dtype) else own or torch.float32
+
+
 def load_base(
     name: str | None = None,
     *,
@@ -122,8 +160,10 @@ def load_base(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    device_map: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     offload_below: int | str | None = None,
+    quantize: str | None = None,
+    allow_pickle: bool = False,
 ) -> Base:
     """Load a base in evaluation mode with its parameters frozen.
 
@@ -134,52 +174,46 @@ def load_base(
             precision is slow.
         device: torch device name or auto.
         trust_remote_code: run code that comes with the checkpoint.
-        device_map: "auto" spreads the base over all devices, in place of `device`; needs accelerate.
+        device_map: "auto" spreads the base over all devices, in place of `device`; or a place ("cpu", "disk", 0, ...)
+            for each module by its path; needs accelerate.
         offload_below: a decoder layer, or "auto" for the one that is edited by default: those below it stay off the
             device; needs accelerate. See `models.placement`.
+        quantize: 4bit or 8bit, by bitsandbytes while loading; none or None for the checkpoint as it is.
+        allow_pickle: read weights from pickles where there are no safetensors; see `models.checkpoint`.
 
     Raises:
-        ModelError: nothing there, not a causal language model, weights missing or broken, or no safetensors.
+        ModelError: nothing there, not a causal language model, weights missing or broken, in pickles, or quantised in a
+            way that is not taken.
+        UsageError: options that are unknown or contradict each other, or that need a library which is not installed.
     """
-    if dtype not in ("auto", STORED) and dtype not in _DTYPES:
-        raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Use auto, {', '.join(_DTYPES)}.")
+    check_dtype(dtype)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    demo = name is None or name == DEMO_BASE
-    source = str(_DEMO_PATH) if demo else os.path.expanduser(str(name))
+    demo, source = name in (None, DEMO_BASE), _source_of(name)
     _check_local(source)
     where = pick_device(device)
-    as_stored = dtype == STORED or where.type != "cpu"
-    wanted: Any = _DTYPES.get(dtype, "auto" if as_stored else torch.float32)
+    wanted = _wanted(dtype, where)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    placed = device_map is not None or offload_below is not None
-    try:
-        _refuse_other_kinds(AutoConfig.from_pretrained(source, **common), source)
+    reading = weights_reading(source, allow_pickle)
+    with _telling(source):
+        config = AutoConfig.from_pretrained(source, **common)
+        _refuse_other_kinds(config, source)
+        packing = quantizing(config, quantize, wanted)
+        packed = bool(packing) or quantization_of(config) is not None
+        spread = _spread(config, where, device_map, offload_below, packed, trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        spread = _spread(source, common, where, device_map, offload_below)
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=wanted, use_safetensors=True, output_loading_info=True, **spread, **common
+                source, dtype=wanted, output_loading_info=True, **reading, **spread, **packing, **common
             )
-    except (WiseError, MemoryError):
-        raise
-    except Exception as e:  # config, tokenizer, weights, hub and the architecture's own code raise types of their own
-        theirs = {"safetensors_rust", "safetensors", "huggingface_hub", "httpx"}
-        broken = type(e).__module__.split(".")[0] in theirs and not isinstance(e, OSError)
-        raise ModelError(
-            f"Cannot load the base {source!r}: {first_line(e)}",
-            hint="Fetch it again."
-            if broken
-            else "Give a folder with config.json, tokenizer files and model.safetensors, or a hub id; "
-            "leave --model out to use the demonstration base.",
-        ) from e
     model, report = loaded
     if report["missing_keys"]:  # transformers would only warn and fill them with random numbers
         raise ModelError(
             f"The base {source!r} lacks weights, {len(report['missing_keys'])} in all: {min(report['missing_keys'])}.",
             hint="Fetch it again, or give a checkpoint of a causal language model.",
         )
-    model = (model if placed else model.to(where)).eval().requires_grad_(False)
+    model = (model if spread else model.to(where)).eval().requires_grad_(False)
+    steady(model)
     commit = None if demo or Path(source).exists() else getattr(model.config, "_commit_hash", None)
     return Base(model, tokenizer, DEMO_BASE if demo else _name_of(source), commit)
 
@@ -222,33 +256,88 @@ def _refuse_other_kinds(config: Any, source: str) -> None:
         )
 
 
+def outline(name: str | None, *, revision: str | None = None, trust_remote_code: bool = False) -> Base:
+    """A base without its weights: config, tokenizer and modules, which tell its shape before it is loaded.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = _source_of(name)
+    _check_local(source)
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _telling(source):
+        config = AutoConfig.from_pretrained(source, **common)
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return Base(model.eval().requires_grad_(False), tokenizer, source)
+
+
+@contextlib.contextmanager
+def _telling(source: str) -> Iterator[None]:
+    """Turns what loading may raise into a ModelError that says what to do."""
+    try:
+        yield
+    except (WiseError, MemoryError):
+        raise
+    except Exception as e:  # config, tokenizer, weights, hub and the architecture's own code raise types of their own
+        if "trust_remote_code" in str(e):
+            raise ModelError(
+                f"The base {source!r} needs code of its own, which comes with it and would run here.",
+                hint="Read that code, and add --trust-remote-code if you trust it.",
+            ) from e
+        if lacks_safetensors(e):
+            raise pickled(source, "other files than safetensors, such as pytorch_model.bin") from e
+        theirs = {"safetensors_rust", "safetensors", "huggingface_hub", "httpx", "pickle", "_pickle"}
+        broken = type(e).__module__.split(".")[0] in theirs and not isinstance(e, OSError)
+        raise ModelError(
+            f"Cannot load the base {source!r}: {first_line(e)}",
+            hint="Fetch it again."
+            if broken
+            else "Give a folder with config.json, tokenizer files and model.safetensors, or a hub id; "
+            "leave --model out to use the demonstration base.",
+        ) from e
+
+
 def _spread(
-    source: str, common: Mapping[str, Any], where: torch.device, device_map: str | None, below: int | str | None
+    config: Any,
+    where: torch.device,
+    device_map: str | Mapping[str, Any] | None,
+    below: int | str | None,
+    packed: bool,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Arguments of `from_pretrained` that say where the parts of the base go; none for one place."""
-    if device_map is None and below is None:
-        return {}
-    from transformers import AutoConfig
-
     from wisecli.models.placement import below_off_device, check_accelerate
 
     if device_map is not None:
         check_accelerate("--device-map")
-        if device_map != "auto" or below is not None:
+        if below is not None:
             raise UsageError(
-                "--device-map is auto, and goes without --offload-lower."
-                if below is not None
-                else f"--device-map must be auto, not {device_map!r}.",
-                hint="--device names a single device.",
+                "--device-map is auto, and goes without --offload-lower.", hint="--device names a single device."
             )
-        return {"device_map": "auto"}
-    config = AutoConfig.from_pretrained(source, **common)
-    return {"device_map": below_off_device(config, below or 0, where, bool(common["trust_remote_code"]))}
+        if isinstance(device_map, str) and device_map != "auto":
+            raise UsageError(f"--device-map must be auto, not {device_map!r}.", hint="--device names a single device.")
+        return {"device_map": device_map if isinstance(device_map, str) else dict(device_map)}
+    if below is not None and packed:
+        raise UsageError(
+            "--offload-lower moves whole layers; bitsandbytes keeps packed ones on the device.",
+            hint="Leave one of them out: a base in 4 bits takes about a quarter of one in 16.",
+        )
+    if below is not None:
+        return {"device_map": below_off_device(config, below, where, trust_remote_code)}
+    return {"device_map": {"": str(where)}} if packed else {}
 
 
 def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what saving and loading write into it."""
     return {k: v for k, v in config.items() if not k.startswith("_") and k not in _PROVENANCE and v is not None}
+
+
+def _source_of(name: str | None) -> str:
+    return str(_DEMO_PATH) if name in (None, DEMO_BASE) else os.path.expanduser(str(name))
 
 
 def _name_of(source: str) -> str:
@@ -258,17 +347,23 @@ def _name_of(source: str) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers from drawing on stderr and accelerate from what was asked for; puts their settings back."""
+    """Keeps transformers from drawing on stderr, accelerate from warning of what was asked for, and the hub from being
+    asked to convert pickles; puts their settings back.
+    """
     from transformers.utils import logging as transformers_logging
 
     shown, accelerate = transformers_logging.is_progress_bar_enabled(), logging.getLogger("accelerate.big_modeling")
-    level = accelerate.level
+    level, converting = accelerate.level, os.environ.get(_NO_CONVERSION)
     transformers_logging.disable_progress_bar()
     accelerate.setLevel(logging.ERROR)
+    os.environ[_NO_CONVERSION] = "1"
     try:
         yield
     finally:
         accelerate.setLevel(level)
+        os.environ.pop(_NO_CONVERSION)
+        if converting is not None:
+            os.environ[_NO_CONVERSION] = converting
         if shown:
             transformers_logging.enable_progress_bar()
 
@@ -284,13 +379,30 @@ def _check_local(source: str) -> None:
         raise ModelError(f"There is no base at {source!r}.", hint="Check the path given with --model.")
 
 
+def matrix_of(model: Any, site: EditSite) -> Tensor:
+    """The edited matrix that a base is recognised by, in the module's orientation.
+
+    It is the module's own weight where that is at hand in floating point. Of a base that was quantised or put on the
+    disk while it was loaded it is read from the checkpoint; of a checkpoint that is stored quantised, and where the
+    checkpoint is gone, it is the packed bytes.
+
+    Raises:
+        AttributeError: the model has no such module.
+    """
+    weight: Tensor = site.module(model).weight.detach()
+    if weight.is_floating_point() and not weight.is_meta:
+        return weight
+    stored = stored_matrix(model, site.path, site.shape(model))
+    return weight if stored is None else stored
+
+
 def fingerprint(weight: Tensor) -> dict[str, str]:
     """SHA-256 of a matrix as stored and after casting to bfloat16 and float16, keyed by dtype name.
 
     Casting is deterministic, so the same checkpoint is recognised in any load dtype: a bf16 matrix widened to fp32
-    casts back to the same bf16 bytes.
+    casts back to the same bf16 bytes. Packed bytes are hashed as they are, and recognised only as such.
     """
-    dtypes = {weight.dtype, *_FINGERPRINT_DTYPES}
+    dtypes = {weight.dtype, *(_FINGERPRINT_DTYPES if weight.is_floating_point() else ())}
     return {str(d).removeprefix("torch."): _digest(weight.to(d)) for d in sorted(dtypes, key=str)}
 
 

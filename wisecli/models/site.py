@@ -36,6 +36,7 @@ _OVERRIDES = {
 _EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 _STREAMS_FIRST = ("gemma3n_text",)  # several residual streams, [S, B, T, D] between layers; elsewhere [B, T, S, D]
 _LOOK_BACK = 0.02  # of the largest logit: a later token that moves an earlier prediction by more is not hidden from it
+_UNITS = 512  # unit vectors that a packed module is run on at once
 _PAPER_DEPTH = 27 / 32  # layer 27 of LLaMA-2's 32
 
 
@@ -47,7 +48,7 @@ class EditSite:
         path: module path inside the model.
         layer: index of the decoder layer.
         d_in, d_out: FFN width F and model width D.
-        conv1d: the module stores [d_in, d_out] (GPT-2's Conv1D).
+        conv1d: the module stored [d_in, d_out] (GPT-2's Conv1D) when the site was found; quantised it does not.
     """
 
     path: str
@@ -60,10 +61,29 @@ class EditSite:
         """The projection itself, of whatever type the model uses."""
         return model.get_submodule(self.path)
 
+    def shape(self, model: nn.Module) -> tuple[int, int]:
+        """(d_out, d_in) of the module as this model has it."""
+        return _shape(self.module(model))
+
+    def device(self, model: nn.Module) -> torch.device:
+        """Where the module computes, which is not where its weight lies while that is off the device."""
+        m = self.module(model)
+        place = getattr(getattr(m, "_hf_hook", None), "execution_device", None) if m.weight.is_meta else m.weight.device
+        return m.weight.device if place is None else torch.device(place)
+
+    @torch.no_grad()
     def weight(self, model: nn.Module) -> Tensor:
-        """The main weight W as [d_out, d_in]; a view, never written."""
-        w: Tensor = self.module(model).weight.detach()
-        return w.T if self.conv1d else w
+        """The main weight W as [d_out, d_in]; a view, never written.
+
+        Of a module that is quantised or off the device it is what the module makes of unit vectors, in fp32.
+        """
+        m = self.module(model)
+        w: Tensor = m.weight.detach()
+        if w.is_floating_point() and not w.is_meta:
+            return w.T if _is_conv1d(m) else w
+        units = torch.eye(_shape(m)[1], device=self.device(model))
+        constant = m(torch.zeros_like(units[:1]))
+        return torch.cat([m(some) - constant for some in units.split(_UNITS)]).T.float()
 
 
 @contextlib.contextmanager
@@ -160,6 +180,30 @@ def find_site(model: PreTrainedModel, layer: int | str = "auto", module: str | N
         if index is None or (index != wanted and (layer != "auto" or index == 0)):
             raise _no_site(model, names, layers[wanted], None if index is None else (index, found[index][0]))
         return _check(model, index, *found[index])
+
+
+def likely_site(model: PreTrainedModel, layer: int | str = "auto", module: str | None = None) -> EditSite:
+    """The site that `find_site` will most likely find, told from the modules of a base without weights.
+
+    Raises:
+        ModelError: no module of the layer looks like one.
+        UsageError: there is no such layer.
+    """
+    layers = decoder_layers(model)
+    names = {id(m): k for k, m in model.named_modules()}
+    if module is None:
+        index = layer_index(layer, len(layers))
+        width = model.config.get_text_config().hidden_size
+        maps = [(k, m) for k, m in layers[index].named_modules() if _is_linear(m) and _shape(m)[0] == width]
+        fits = [k for k, _ in maps if not _NOT_FFN.search(k)]
+        if not fits:
+            raise ModelError(f"No module of layer {index} looks like an FFN output projection.")
+        module = f"{names[id(layers[index])]}.{fits[-1]}"
+    else:
+        index = next((i for i, m in enumerate(layers) if module.startswith(names[id(m)] + ".")), 0)
+    m = model.get_submodule(module)
+    d_out, d_in = _shape(m)
+    return EditSite(module, index, d_in, d_out, _is_conv1d(m))
 
 
 def layer_index(layer: int | str, n: int) -> int:
@@ -273,26 +317,39 @@ def _no_site(
     )
 
 
+def _shape(m: Any) -> tuple[int, int]:
+    """(d_out, d_in) of a linear map; a packed weight does not show it."""
+    if hasattr(m, "in_features"):
+        return m.out_features, m.in_features
+    rows, columns = m.weight.shape
+    return (columns, rows) if _is_conv1d(m) else (rows, columns)
+
+
 def _check(model: PreTrainedModel, layer: int, path: str, a: Tensor, y: Tensor) -> EditSite:
-    m = model.get_submodule(path)
+    m: Any = model.get_submodule(path)
     if not _is_linear(m):
         raise ModelError(
             f"The module {path} ({type(m).__name__}) is no linear map.", hint="Choose another with --module."
         )
-    w: Tensor = m.weight  # type: ignore[assignment]
-    if w.is_meta:
-        raise ModelError(f"{path} lies off the device.", hint=f"Say which layer is edited: --layer {layer}.")
-    conv1d = _is_conv1d(m)
-    d_out, d_in = (w.shape[1], w.shape[0]) if conv1d else (w.shape[0], w.shape[1])
-    site = EditSite(path, layer, d_in, d_out, conv1d)
-    if not w.is_floating_point():
-        return site
-    want = a.float() @ site.weight(model).float().T
-    bias = getattr(m, "bias", None)
-    want = want if bias is None else want + bias.float()
-    tolerance = 1e-4 if w.dtype == torch.float32 else 5e-2
+    d_out, d_in = _shape(m)
+    site = EditSite(path, layer, d_in, d_out, _is_conv1d(m))
+    whole = m.weight.is_floating_point() and not m.weight.is_meta
+    if whole:
+        want = a.float() @ site.weight(model).float().T
+        bias = getattr(m, "bias", None)
+        want = want if bias is None else want + bias.float()
+    else:
+        want = _superposed(m, a)
+    tolerance = 1e-4 if whole and m.weight.dtype == torch.float32 else 5e-2
     if y.shape[-1] != d_out or (want - y.float()).abs().max() > tolerance * (1 + want.abs().max()):
         raise ModelError(
             f"{path} ({type(m).__name__}) does not compute a W^T + b.", hint="Choose another module with --module."
         )
     return site
+
+
+@torch.no_grad()
+def _superposed(m: Any, a: Tensor) -> Tensor:
+    """What a module that computes a W^T + b, whatever W is, makes of `a`, from two parts of it."""
+    part = a * (torch.arange(a.shape[-1], device=a.device) % 2)
+    return (m(part).float() + m(a - part).float()) - m(torch.zeros_like(a)).float()

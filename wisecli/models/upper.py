@@ -33,7 +33,7 @@ from wisecli.models.site import EditSite, as_passed_on, decoder_layers, foreign,
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_REPLAY_TOLERANCE = 1e-3  # of the largest logit, in fp32; half precision gets twenty times that
+_REPLAY_TOLERANCE = 1e-3  # of the largest logit, in fp32; half precision and 8 bits get twenty times that
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ class UpperModel:
             if self._last_ffn is None:
                 raise
             return False  # an FFN that does not take positions out of their rows
-        tolerance = _REPLAY_TOLERANCE * (1 if full.dtype == torch.float32 else 20) * (1 + full.abs().max())
+        tolerance = _REPLAY_TOLERANCE * (1 if self._exact(full) else 20) * (1 + full.abs().max())
         return replayed.shape == full.shape and bool((replayed - full).abs().max() <= tolerance)
 
     def _ffn_of_last_layer(self) -> nn.Module | None:
@@ -336,8 +336,12 @@ class UpperModel:
         d = torch.linspace(-1, 1, plain.shape[-1], device=plain.device, dtype=plain.dtype) * plain.std()
         with _hooked(self.ffn, lambda a, y: y + d):
             moved = self._run_lower(batch.inputs)[1]
-        tolerance = 1e-4 if plain.dtype == torch.float32 else 2e-2
+        tolerance = 1e-4 if self._exact(plain) else 2e-2
         return bool(((moved - plain - d).abs() <= tolerance * (1 + plain.abs())).all())
+
+    def _exact(self, x: Tensor) -> bool:
+        """Whether what was computed differs by rounding in fp32 alone; in 8 bits activations themselves are rounded."""
+        return x.dtype == torch.float32 and not getattr(self.model, "is_loaded_in_8bit", False)
 
 
 @torch.no_grad()
@@ -421,7 +425,7 @@ def head_at(model: Any, at: Tensor) -> Iterator[None]:
         at: positions in [B T], such as `StackedRows.at` [n].
     """
     handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda m, args: (args[0].flatten(0, -2)[at], *args[1:])
+        lambda m, args: (args[0].flatten(0, -2)[at.to(args[0].device)], *args[1:])
     )
     try:
         yield

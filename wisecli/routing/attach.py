@@ -26,7 +26,8 @@ from wisecli.errors import BaseMismatch, InputError, RoutingError, UsageError
 from wisecli.hub import SIDE_MEMORY, fetch, is_hub_id
 from wisecli.memory.dense import DenseDeltas
 from wisecli.memory.side_memory import SideMemory
-from wisecli.models.base import Base, matches
+from wisecli.models.base import Base, matches, matrix_of
+from wisecli.models.checkpoint import mixes_rows
 from wisecli.models.prompts import Batch
 from wisecli.routing.engine import Asked, Decided, Member, OnModel
 from wisecli.routing.routers import MAIN, Route, Router, Routes, Seen
@@ -173,25 +174,32 @@ def fitting_side_memory(
 
     Raises:
         BaseMismatch: the model is not the base it belongs to.
+        RoutingError: it is an 8-bit model whose rows depend on one another.
     """
     sm = side_memory if isinstance(side_memory, SideMemory) else load_side_memory(side_memory)
     if scope is not None:
         sm = sm.scoped(scope, router)
     site = sm.site
     try:
-        shape = tuple(site.weight(model).shape)
+        shape = site.shape(model)
     except AttributeError as e:
         raise BaseMismatch(
             f"This model has no module {site.path}; the side memory belongs to {sm.base.get('name')}.",
             hint="Give that base with --model.",
         ) from e
-    recorded = sm.base.get("fingerprint", {})
-    weight = site.module(model).weight.detach()
-    same = shape == (site.d_out, site.d_in) and matches(weight, recorded)
-    if not same and (not allow_other_base or shape != (site.d_out, site.d_in)):
+    fits, weight = shape == (site.d_out, site.d_in), matrix_of(model, site)
+    same = fits and matches(weight, sm.base.get("fingerprint", {}))
+    if not same and (not allow_other_base or not fits):
+        packed = fits and not weight.is_floating_point()
+        found = "are packed here, so that it cannot be told whether they are the same" if packed else "differ here"
         raise BaseMismatch(
-            f"This side memory was learned on {sm.base.get('name')}; the weights of {site.path} in this model differ.",
+            f"This side memory was learned on {sm.base.get('name')}; the weights of {site.path} {found}.",
             hint="Give the right base with --model, or attach anyway with --allow-other-base.",
+        )
+    if any(mixes_rows(m) for m in model.modules()):
+        raise RoutingError(
+            "In this 8-bit model the rows of a batch depend on one another: main memory's would not be the base's.",
+            hint="Load it with wisecli.load_base, or with BitsAndBytesConfig(llm_int8_threshold=0.0).",
         )
     return sm
 

@@ -71,7 +71,7 @@ class Member:
         self.side_memory, self.site = side_memory, side_memory.site
         self.ffn = self.site.module(model)
         self.deltas = DenseDeltas([m.delta for m in side_memory.memories])
-        self.follow(self.ffn.weight.device)
+        self.follow(self.site.device(model))
         self.router: Router = build_router(side_memory, self.deltas, router)
 
     def follow(self, device: torch.device) -> None:
