@@ -167,7 +167,7 @@ def test_upper_layers_replay_with_what_reaches_them_past_the_stream(
     families.assert_replays(upper)
     row, _ = captured = upper.capture([encoder.pair(*TEXTS[0]), encoder.pair(*TEXTS[1])])
     assert (row.beside is not None) == (model_type == "gemma4_text")
-    both, alone = upper.logits(captured, None)[0], upper.logits([row], None)[0]
+    both, alone = (upper.logits(StackedRows.of(some), None) for some in (captured, [row]))
     close(both[: len(alone)], alone, exact=False)  # a row is replayed with its own keys and values
 
 
