@@ -19,7 +19,7 @@ from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import fingerprint, load_base, matrix_of
 from wisecli.models.prompts import PromptEncoder, Row
 from wisecli.models.site import find_site
-from wisecli.models.upper import UpperModel
+from wisecli.models.upper import StackedRows, UpperModel
 from wisecli.routing.attach import attach
 
 FORMS = ("4bit", "8bit")
@@ -74,8 +74,9 @@ def test_replayed_logits_and_gradient_are_those_of_the_same_weights_unpacked(
     for one in (model, plain):
         upper = UpperModel(one, site, encoder)
         delta = torch.zeros(site.d_out, site.d_in, requires_grad=True)
-        logits, targets = upper.logits(upper.capture(rows), delta)
-        torch.nn.functional.cross_entropy(logits.float(), targets).backward()
+        stacked = StackedRows.of(upper.capture(rows))
+        logits = upper.logits(stacked, delta)
+        torch.nn.functional.cross_entropy(logits.float(), stacked.targets).backward()
         found.append((logits.detach(), delta.grad))
     tolerance = 1e-4 if form == "4bit" else 0.1  # 8 bits round the activations as well
     for ours, plainly in zip(*found, strict=True):
