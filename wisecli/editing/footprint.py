@@ -5,7 +5,7 @@ back to the allocator in small pieces stays with the process and serves later ph
 
     loading      the base, and the weight files while they are cast
     gate         what the pool brings into the layer, in double precision, several times over
-    rewording    both wordings of pool facts, captured
+    rewording    what moves from one wording of a pool fact to another, and both of its ends
     learning     the shard's captured rows; the delta with its mask, gradient, momentum and two copies to go back to; a
                  step's activations above the edited layer with the logits of its targets, or a sweep's
 
@@ -82,18 +82,22 @@ class _Shape:
         return _padded(rows) * (3 * self.d_in + 6 * self.d_out) * self.size
 
     def step(self, rows: Sequence[Row]) -> int:
-        """Bytes of a step: the activations with dropout and what is kept of every layer above until the gradient."""
-        n = _padded(rows)
-        entering = n * self.d_in * (2 * self.size + 4)
-        kept = self.above * n * (10 * self.d_out + 4 * self.d_in) * self.size
-        return entering + kept + _targets(rows) * self.vocab * (12 + self.size)
+        """Bytes of a step: the activations with dropout and what is kept of every layer above until the gradient.
+
+        The last layer's FFN runs on the positions of targets alone.
+        """
+        n, targets = _padded(rows), _targets(rows)
+        entering = sum(map(len, rows)) * self.d_in * (2 * self.size + 4)
+        through_ffn = max(0, self.above - 1) * n + (targets if self.above else 0)
+        kept = (self.above * n * 10 * self.d_out + through_ffn * 4 * self.d_in) * self.size
+        return entering + kept + targets * self.vocab * (12 + self.size)
 
     def sweep(self, rows: Sequence[Row]) -> int:
         """Bytes of the largest batch of a sweep over rows."""
         return max((self._swept([rows[i] for i in picked]) for picked in batches([len(r) for r in rows])), default=0)
 
     def _swept(self, rows: Sequence[Row]) -> int:
-        entering = _padded(rows) * self.d_in * 4
+        entering = sum(map(len, rows)) * self.d_in * 4
         return entering + self.passing(rows) + _targets(rows) * self.vocab * (4 + self.size)
 
 
@@ -132,12 +136,12 @@ def predict(
     on_cpu = device.type == "cpu"
     gate = _LIBRARIES + int(_GATE * entries)
     kept = _LIBRARIES + int(_GATE_KEPT * entries) if on_cpu else 0
-    moves, known = _moves(shape, reworded), shape.captured(reworded)
+    moves = _moves(shape, reworded)
     delta, captured = _DELTAS * site.d_in * site.d_out * 4, shape.captured(rows) + moves
     step = _learning(shape, rows, config)
     casting = _casting(base, dtype, quantize)
-    learning = kept + max(delta + captured + step, known if on_cpu else 0)
-    phases = [learning, kept + known + _passing(shape, reworded), gate if on_cpu else entries // 2]
+    learning = kept + delta + captured + step
+    phases = [learning, kept + 3 * moves + _passing(shape, reworded), gate if on_cpu else entries // 2]
     rest = max(*phases, casting if on_cpu else 0) - delta - captured - step
     host = 0 if on_cpu else below + max(gate, casting)
     return Footprint(weights - below, delta, captured, step, rest, host)
@@ -177,9 +181,9 @@ def _casting(base: Base, dtype: torch.dtype, quantize: int | None) -> int:
 
 
 def _moves(shape: _Shape, reworded: Sequence[Row]) -> int:
-    """Bytes of the displacements between both wordings of each fact, in both directions."""
+    """Bytes of the displacements between both wordings of each fact."""
     tokens = sum(min(_targets([a]), _targets([b])) for a, b in zip(reworded[::2], reworded[1::2], strict=True))
-    return 2 * tokens * (shape.d_in + shape.d_out) * shape.size
+    return tokens * (shape.d_in + shape.d_out) * shape.size
 
 
 def _passing(shape: _Shape, rows: Sequence[Row]) -> int:

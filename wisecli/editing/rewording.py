@@ -26,7 +26,10 @@ _REACH = 0.7  # of a displacement; the rest of it belongs to the fact it was tak
 
 @dataclass(frozen=True)
 class Rewording:
-    """Displacements of `a` [n, F] and of the stream [n, D] from one wording to another, per answer token predicted."""
+    """Displacements of `a` [n, F] and of the stream [n, D] from one wording to another, per answer token predicted.
+
+    Each counts twice: from the first wording to the second, and back.
+    """
 
     moves: Sequence[tuple[Tensor, Tensor]]
 
@@ -39,31 +42,34 @@ class Rewording:
 
     @classmethod
     def measure(cls, upper: UpperModel) -> Rewording:
-        """Between the first two wordings of pool facts, in both directions."""
-        captured = upper.capture([upper.encoder.pair(*wording) for wording in wordings()])
-        moves = []
-        for one, other in zip(captured[::2], captured[1::2], strict=True):
-            here, there = _predicting(one), _predicting(other)
-            n = min(len(here), len(there))
-            a = _REACH * (other.a[there[:n]] - one.a[here[:n]])
-            stream = _REACH * (other.stream[there[:n]] - one.stream[here[:n]])
-            moves += [(a, stream), (-a, -stream)]
-        return cls(moves)
+        """Between the first two wordings of pool facts."""
+        rows = [upper.encoder.pair(*wording) for wording in wordings()]
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+        for i, row in upper.capturing(rows):  # of a row only this is kept
+            at = _predicting(row)
+            seen[i] = row.a[at], row.stream[at]
+        return cls([_move(seen[i], seen[i + 1]) for i in range(0, len(rows), 2)])
 
     def __call__(self, row: CapturedRow, generator: torch.Generator) -> CapturedRow:
         """The row as if its prompt were worded otherwise, as `generator` chooses; long targets keep the last move."""
-        move_a, move_stream = self.moves[int(torch.randint(len(self.moves), (), generator=generator))]
+        which, back = divmod(int(torch.randint(2 * len(self.moves), (), generator=generator)), 2)
+        move_a, move_stream = self.moves[which]
         at = _predicting(row)
         like = torch.arange(len(at)).clamp(max=len(move_a) - 1)
         a, stream = row.a.clone(), row.stream.clone()
-        a[at] += move_a[like]
-        stream[at] += move_stream[like]
+        a[at] += -move_a[like] if back else move_a[like]
+        stream[at] += -move_stream[like] if back else move_stream[like]
         return replace(row, a=a, stream=stream)
 
 
 def wordings() -> list[tuple[str, str]]:
     """The first two wordings of pool facts, one after the other, each with the fact's answer."""
     return [(p, f.answer) for f in pool_facts()[:_FACTS] if len(f.prompts) > 1 for p in f.prompts[:2]]
+
+
+def _move(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    n = min(len(one[0]), len(other[0]))
+    return _REACH * (other[0][:n] - one[0][:n]), _REACH * (other[1][:n] - one[1][:n])
 
 
 def _predicting(row: CapturedRow) -> Tensor:

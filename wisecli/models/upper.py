@@ -18,7 +18,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +53,11 @@ class CapturedRow:
     stream: Tensor
     entry: Tensor
     beside: Any = None
+
+    def alone(self) -> CapturedRow:
+        """The row in memory of its own."""
+        names = ("ids", "labels", "content", "a", "stream", "entry")
+        return replace(self, **{name: getattr(self, name).clone() for name in names})
 
     @property
     def last(self) -> Tensor:
@@ -131,11 +136,18 @@ class UpperModel:
         with foreign(model, "running its upper layers on their own"):
             self._probe()
 
-    @torch.no_grad()
     def capture(self, rows: Sequence[Row], batch_size: int = 32) -> list[CapturedRow]:
-        """One ordinary forward over the rows, up to the edited layer; order is kept, likeness in length is used."""
+        """One ordinary forward over the rows, up to the edited layer; in order."""
+        found = {i: r.alone() for i, r in self.capturing(rows, batch_size)}
+        return [found[i] for i in range(len(rows))]
+
+    @torch.no_grad()
+    def capturing(self, rows: Sequence[Row], batch_size: int = 32) -> Iterator[tuple[int, CapturedRow]]:
+        """The same one row after the other, those of like length together, each with its position among the rows.
+
+        A row given shares the memory of its batch, which goes when the last of them does.
+        """
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        out: list[CapturedRow | None] = [None] * len(rows)
         for at in range(0, len(order), batch_size):
             picked = order[at : at + batch_size]
             batch = self.encoder.batch([rows[i] for i in picked], side="right").to(self.model.device)
@@ -143,16 +155,9 @@ class UpperModel:
             last = last_content(batch.content)
             for k, i in enumerate(picked):
                 n = len(rows[i])
-                out[i] = CapturedRow(
-                    batch.input_ids[k, :n].clone(),
-                    batch.labels[k, :n].clone(),
-                    batch.content[k, :n].clone(),
-                    a[k, :n].clone(),
-                    stream[k, :n].clone(),
-                    entry[k, last[k]].flatten().clone(),
-                    _cut(beside, k, n),
-                )
-        return [r for r in out if r is not None]
+                ids, labels, content = (x[k, :n] for x in (batch.input_ids, batch.labels, batch.content))
+                at_last = entry[k, last[k]].flatten()
+                yield i, CapturedRow(ids, labels, content, a[k, :n], stream[k, :n], at_last, _cut(beside, k, n))
 
     def entries(self, rows: Sequence[Row]) -> Tensor:
         """What each row brings into the edited layer at its last content token [N, D]; that layer does not run."""
