@@ -303,10 +303,12 @@ def _no_site(
 ) -> ModelError:
     """Why a layer has no edit site, and which one has. Layer 0 is offered, not taken: its gate sees a single token."""
     holders = [m for m in layer.modules() if _EXPERTS.search(type(m).__name__)]
-    fused = [f"{names[id(m)]}.{k}" for m in holders for k, p in m.named_parameters(recurse=False) if p.dim() > 1]
     inside = names[id(layer)]
+    own = {
+        f"{names[id(m)]}.{k}".removeprefix(f"{inside}."): p.dim() for m in holders for k, p in _own(m) if p.dim() > 1
+    }
     what = "no linear map of the model's width runs there once, outside attention and state-space parts"
-    what = f"its experts are fused ({fused[0].removeprefix(inside + '.')})" if fused else what
+    what = f"its experts are fused ({fused.removeprefix(inside + '.')})" if dim > 1 else what
     hint = "No layer of this base has one: take another base, or name a matrix with --module."
     if nearest is not None:
         blind = ", though all that the gate sees there is the last token" if nearest[0] == 0 else ""
