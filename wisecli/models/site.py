@@ -304,9 +304,8 @@ def _no_site(
     """Why a layer has no edit site, and which one has. Layer 0 is offered, not taken: its gate sees a single token."""
     holders = [m for m in layer.modules() if _EXPERTS.search(type(m).__name__)]
     inside = names[id(layer)]
-    own = {
-        f"{names[id(m)]}.{k}".removeprefix(f"{inside}."): p.dim() for m in holders for k, p in _own(m) if p.dim() > 1
-    }
+    held = [(p.dim(), f"{names[id(m)]}.{k}") for m in holders for k, p in m.named_parameters(recurse=False)]
+    dim, fused = max(held, key=lambda x: x[0], default=(0, ""))  # 3, or 2 where the experts stand in rows
     what = "no linear map of the model's width runs there once, outside attention and state-space parts"
     what = f"its experts are fused ({fused.removeprefix(inside + '.')})" if dim > 1 else what
     hint = "No layer of this base has one: take another base, or name a matrix with --module."

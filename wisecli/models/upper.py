@@ -231,6 +231,12 @@ class UpperModel:
             for h in handles:
                 h.remove()
         out = box["out"]
+        if not isinstance(out, Tensor) and type(out) not in (tuple, list):
+            raise ModelError(
+                f"The layers of {type(self.model).__name__} give out a {type(out).__name__}; "
+                "hidden states, alone or first in a tuple, can be edited.",
+                hint="Take another base.",
+            )
         self._rest = (type(out), tuple(out[1:])) if isinstance(out, tuple | list) else None
         rows, tokens = inputs["input_ids"].shape
         first = (out if self._rest is None else out[0]) if self.additive else box["in"]
