@@ -472,8 +472,8 @@ def test_another_base_fails(run: Run, file: Path, side_memory: SideMemory, token
     assert "No edit was asked" in text
     gpt2 = Base(build_model("gpt2", len(tokenizer)), tokenizer, "gpt2")
     assert "no module" in check_base(gpt2, side_memory).detail
-    turned = replace(side_memory, site=replace(side_memory.site, conv1d=True))
-    assert " x " in check_base(Base(build_model("llama", len(tokenizer)), tokenizer, "t"), turned).detail
+    wider = replace(side_memory, site=replace(side_memory.site, d_in=side_memory.site.d_in + 8))
+    assert " x " in check_base(Base(build_model("llama", len(tokenizer)), tokenizer, "t"), wider).detail
 
 
 def test_an_edit_that_does_not_hold_fails(run: Run, side_memory: SideMemory, tmp_path: Path) -> None:
