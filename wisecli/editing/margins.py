@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from wisecli.data.pool import ordinary_prompts
 from wisecli.data.records import EditRecord
 from wisecli.editing.batch import CapturedEdit, batches
-from wisecli.memory.indicator import activation_indicator, indicator_of, layer_scale
+from wisecli.memory.indicator import activation_indicator, layer_scale
 from wisecli.models.upper import CapturedRow, UpperModel
 
 _KEPT = 256  # earlier prompts that a shard replays at most, so that a long stream takes no more memory than a short one
@@ -49,13 +49,9 @@ class Margins:
         """d [B] of rows as `stack` gives them."""
         return activation_indicator(*rows, delta) / self.unit
 
-    def loss(self, side: Tensor, content: Tensor, outside: tuple[Tensor, Tensor], delta: Tensor) -> Tensor:
-        """L_a.
-
-        Args:
-            side: a delta^T [B, T, D] of the edit's rows; `content` [B, T] of them.
-        """
-        d_in, d_out = indicator_of(side, content) / self.unit, self.indicator(outside, delta)
+    def loss(self, inside: Tensor, outside: Tensor) -> Tensor:
+        """L_a (eq. 5) of the indicators of an edit's rows [B] and of irrelevant ones [b], in their own unit."""
+        d_in, d_out = inside / self.unit, outside / self.unit
         return violators(self.gamma + d_out - d_in) + violators(d_out - self.alpha) + violators(self.beta - d_in)
 
 

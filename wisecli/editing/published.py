@@ -19,8 +19,9 @@ from torch import Tensor
 
 from wisecli.editing.batch import CapturedEdit
 from wisecli.editing.config import EditConfig
-from wisecli.editing.margins import Margins, Replay, stack
+from wisecli.editing.margins import Margins, Replay
 from wisecli.editing.rehearsal import Outcome
+from wisecli.memory.indicator import indicator_of
 from wisecli.models.upper import CapturedRow, StackedRows, UpperModel
 
 DEFAULT_LR = 1.0
@@ -100,14 +101,17 @@ class Published:
 
     def _edit(self, edit: CapturedEdit, other: CapturedRow) -> int:
         optimiser = torch.optim.SGD([self.delta], lr=self.config.lr or DEFAULT_LR)
-        rows, outside = StackedRows.of(edit.rows), stack([other])
+        rows, n = StackedRows.of(edit.rows), sum(len(r.ids) for r in edit.rows)
+        a = torch.cat([rows.a, other.a]).float()
         before = float("inf")
         for step in range(self.config.max_steps):
-            side = rows.side(self.delta)
+            inside, outside = F.linear(a, self.delta).split([n, len(other.ids)])  # one product for both
+            side = rows.padded(inside)
             logits = self.upper.logits(rows, self.delta, side)
             losses = F.cross_entropy(logits.float(), rows.targets, reduction="none")
             per_row = torch.stack([x.mean() for x in losses.split(rows.counts)])
-            loss = per_row.mean() + self.margins.loss(side, rows.content, outside, self.delta)
+            d_in, d_out = indicator_of(side, rows.content), indicator_of(outside[None], other.content[None])
+            loss = per_row.mean() + self.margins.loss(d_in, d_out)
             if self.replay is not None:
                 loss = loss + self.replay.loss(self.delta)
             now = float(loss.detach())

@@ -114,7 +114,11 @@ class StackedRows:
 
     def side(self, delta: Tensor) -> Tensor:
         """a delta^T [B, T, D] under a delta [D, F], worked out at the real tokens alone."""
-        return pad_sequence(F.linear(self.a.to(delta.dtype), delta).split(self.lengths), batch_first=True)
+        return self.padded(F.linear(self.a.to(delta.dtype), delta))
+
+    def padded(self, x: Tensor) -> Tensor:
+        """What is known of the real tokens of all rows, one after the other [N, D], as a batch [B, T, D]."""
+        return pad_sequence(x.split(self.lengths), batch_first=True)
 
 
 class UpperModel:
