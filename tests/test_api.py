@@ -147,6 +147,32 @@ def test_edits_come_in_any_form(tmp_path: Path) -> None:
     assert [p.split(":")[0] for p in e.value.problems] == ["edits[1]", "edits[2]", "edits[3]"]
 
 
+def test_model_and_tokenizer_may_be_named_one_by_one(plain: Any, learned: Any) -> None:
+    model, tokenizer = plain
+    for call in (
+        lambda: wisecli.edit(model, tokenizer=tokenizer, edits=EDITS, **SETTINGS),
+        lambda: wisecli.edit(tokenizer=tokenizer, model=model, edits=EDITS, **SETTINGS),
+    ):
+        assert call().digest == learned[0].digest
+
+
+def test_a_base_whose_weights_have_changed_gets_a_gate_of_its_own(load: Any) -> None:
+    base = wisecli.Base.of(*load())
+    before = wisecli.edit(base, EDITS[:2], **SETTINGS)
+    with torch.no_grad():
+        base.model.model.layers[0].mlp.down_proj.weight.mul_(3.0)
+    kept, anew = (wisecli.edit(base, EDITS[:2], cache=cache, **SETTINGS) for cache in (True, False))
+    assert kept.digest == anew.digest
+    assert not torch.equal(kept.keys.space.projection, before.keys.space.projection)
+
+
+def test_an_error_says_all_that_is_known_of_it(plain: Any) -> None:
+    with pytest.raises(InputError) as e:
+        wisecli.edit(*plain, [{"prompt": "x"}, {"prompt": 3, "target": "x"}])
+    assert len(e.value.problems) == 2
+    assert all(part in str(e.value) for part in (e.value.message, str(e.value.hint), *e.value.problems))
+
+
 def test_progress_and_a_single_edit(plain: Any) -> None:
     seen: list[Any] = []
     sm = wisecli.edit(*plain, EDITS[0], progress=seen.append, texts=False, **SETTINGS)

@@ -458,8 +458,9 @@ def test_numbers_that_json_lacks_are_null() -> None:
 
 
 def test_why_before_a_question_is_an_error(wise: Wise, side_memory: Path) -> None:
-    _, err = wise("-s", side_memory, stdin="/why\n", code=1)
+    out, err = wise("-s", side_memory, stdin=f"/why\n{OTHER}\n", code=1)
     assert "Nothing has been asked yet." in err
+    assert OTHER in out + err  # what stands behind it is asked
 
 
 def test_a_missing_side_memory(wise: Wise, tmp_path: Path) -> None:

@@ -96,6 +96,10 @@ FAULTS = {
         "messages": said(REPLY, QUESTION)
     },
     '"conversations[0].from" must be one of': {"conversations": [{"from": "bing", "value": "x"}]},
+    '"target" says something else than the messages it stands beside': {
+        "messages": said(QUESTION, ANSWER),
+        "target": "something else",
+    },
     '"prompt" must end with a message of the user; it ends with user, assistant': {
         "prompt": said(QUESTION, ANSWER),
         "target": "x",

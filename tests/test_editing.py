@@ -335,6 +335,30 @@ class TestRewording:
         editor = Editor(Base(tiny_model("llama"), tokenizer, "tiny"), config)
         assert len(editor.learn(EditStream.of(records(2)))) == 1
 
+    @pytest.mark.parametrize("kind", ["llama", "gemma2"])
+    @pytest.mark.parametrize("setting", ["dropout", "rewording"])
+    def test_it_reaches_the_delta_whether_the_layer_is_replayed_or_not(
+        self, tiny_model: Callable[..., Any], encoder: PromptEncoder, kind: str, setting: str
+    ) -> None:
+        model = tiny_model(kind)
+        upper = UpperModel(model, find_site(model), encoder)
+        mask = draw_mask((upper.site.d_out, upper.site.d_in), 0.2, 3)
+        edits = capture_edits(upper, records(2), 1, 0)
+        found = []
+        for share in (0.0, 0.5):
+            rest = {"dropout": 0.0, "rewording": 0.0, setting: share}
+            learner = Rehearsal(upper, mask, EditConfig(max_steps=3, **rest), 0)
+            finish(learner.learn(edits))
+            found.append(learner.result())
+        assert not torch.equal(*found)
+
+    def test_a_loss_that_is_no_number_does_not_hold(self, upper: UpperModel) -> None:
+        learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), EditConfig(rewording=0.0), 0)
+        learner._admit(capture_edits(upper, records(2), 1, 0))
+        learner.worst[:] = torch.nan
+        assert learner._pending().tolist() == list(range(len(learner.rows)))
+        assert sorted(learner._within_budget([0, 1])) == [0, 1]
+
     def test_the_same_seed_gives_the_same_delta_and_nothing_moves_outside_the_mask(self, upper: UpperModel) -> None:
         mask = draw_mask((upper.site.d_out, upper.site.d_in), 0.2, 3)
         edits = capture_edits(upper, records(3), 1, 0)

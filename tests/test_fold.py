@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -229,6 +230,21 @@ def test_withdrawn_edits_are_not_brought_back(made: Made, tmp_path: Path) -> Non
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
+
+
+def test_a_generation_config_that_saving_would_refuse_is_written_as_it_is(made: Made, tmp_path: Path) -> None:
+    base, side_memory = made("llama")
+    own = base.model.generation_config
+    base.model.generation_config = copy.deepcopy(own)
+    base.model.generation_config.temperature = 0.3  # without sampling: transformers loads it and will not save it
+    try:
+        wisecli.fold(base, side_memory, tmp_path / "folded")
+        assert base.model.generation_config.temperature == 0.3
+    finally:
+        base.model.generation_config = own
+    written = json.loads((tmp_path / "folded" / "generation_config.json").read_text(encoding="utf-8"))
+    assert written["temperature"] == 0.3
+    assert written["pad_token_id"] == own.pad_token_id
 
 
 def test_a_fold_is_replaced_only_with_force_and_wholly(made: Made, tmp_path: Path) -> None:

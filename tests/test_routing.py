@@ -29,6 +29,7 @@ from wisecli.models.site import EditSite, find_site
 from wisecli.models.upper import UpperModel
 from wisecli.routing.attach import Attached, attach
 from wisecli.routing.routers import MAIN, ROUTERS, ActivationRouter, Routes, Seen, build_router
+from wisecli.routing.shelf import SideMemories
 
 PROMPTS = ["the capital of France is", "hello", "what who where world", "Paris?"]
 NEW = 6
@@ -556,6 +557,8 @@ def test_a_second_attachment_is_refused_and_disturbs_nothing(llama: Scene, make_
             with pytest.raises(UsageError, match="already") as e:
                 attach(llama.model, again)
             assert "SideMemories" in str(e.value.hint)
+        with pytest.raises(UsageError, match="already"):
+            SideMemories(llama.model)
         llama.expect(llama.generate(), base, side)
     assert untouched(llama.model)
     with attach(llama.model, llama.memory):

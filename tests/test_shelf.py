@@ -295,10 +295,13 @@ def test_switching_at_run_time(llama: Scene, tmp_path: Any) -> None:
 def test_beside_an_attachment_or_another_shelf_nothing_can_be_loaded(llama: Scene) -> None:
     """Two that know nothing of each other could both answer a row."""
     a, b = llama.memories["a"], llama.memories["b"]
+    shelf = SideMemories(llama.model)  # empty, it is not on the model yet
     with wisecli.attach(llama.model, a):
-        shelf = SideMemories(llama.model)
-        with pytest.raises(UsageError, match="already"):
-            shelf.load("b", b)
+        for load in (lambda: shelf.load("b", b), lambda: SideMemories(llama.model)):
+            with pytest.raises(UsageError, match="already"):
+                load()
+        with pytest.raises(UsageError, match="already"), shelf.requests([None]):
+            pass
         assert shelf.names == ()
         llama.expect(llama.generate(), STACKS[1][1])
     shelf.load("b", b)

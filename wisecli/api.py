@@ -17,6 +17,7 @@ import contextlib
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
@@ -36,6 +37,7 @@ from wisecli.memory.calibration import check_scope
 from wisecli.memory.shard import RunFolder
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base, borrowed
+from wisecli.models.checkpoint import check_rows
 from wisecli.routing.engine import carries_side_memory
 
 if TYPE_CHECKING:
@@ -65,18 +67,26 @@ class OnBase(Protocol[P, R]):
 def _on_base(function: Callable[Concatenate[Base, P], R]) -> OnBase[P, R]:
     @functools.wraps(function)
     def on(*args: Any, **kwargs: Any) -> Any:
-        given = [*(kwargs.pop(name) for name in ("base", "model", "tokenizer") if name in kwargs), *args]
-        first = given.pop(0) if given else None
-        base = first if isinstance(first, Base) else _base_of(first, given.pop(0) if given else None)
+        given = list(args)
+        first = _taken(("base", "model"), kwargs, given)
+        # A base anew: what it worked out of its weights may be of others by now.
+        base = replace(first) if isinstance(first, Base) else _base_of(first, _taken(("tokenizer",), kwargs, given))
         if carries_side_memory(base.model):
             raise UsageError(
                 f"wisecli.{function.__name__} is of the untouched base, and this model carries a side memory.",
                 hint="Detach it first.",
             )
+        check_rows(base.model)
         with borrowed(base.model):
             return function(base, *given, **kwargs)
 
     return on
+
+
+def _taken(names: Sequence[str], named: dict[str, Any], given: list[Any]) -> Any:
+    """An argument by one of its names, else the next by position; None where there is none."""
+    found = next((named.pop(name) for name in names if name in named), None)
+    return found if found is not None or not given else given.pop(0)
 
 
 @_on_base

@@ -24,6 +24,10 @@ class WiseError(Exception):
         self.message = message
         self.hint = hint
 
+    def __str__(self) -> str:
+        """All that is known of it, for who meets it from Python."""
+        return "\n".join([self.message, *getattr(self, "problems", ()), *([self.hint] if self.hint else [])])
+
 
 class InputError(WiseError):
     """A file or record that cannot be used. `problems` lists every fault found as `file:line: what`."""

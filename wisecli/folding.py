@@ -259,16 +259,22 @@ def _state(model: PreTrainedModel, site: EditSite, delta: SparseDelta, dtype: to
 
 def _write_model(base: Base, folder: Path, state: dict[str, Tensor], dtype: str) -> None:
     model = base.model
-    config = model.config
+    config, generation = model.config, getattr(model, "generation_config", None)
     noted = {name: getattr(config, name, None) for name in ("dtype", "architectures")}  # saving writes them
     try:
         with quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if generation is not None:  # as it is: saving refuses some that loading takes
+                model.generation_config = type(generation)()
             model.save_pretrained(folder, state_dict=state)
+            if generation is not None:
+                generation.to_json_file(folder / "generation_config.json")
             base.tokenizer.save_pretrained(folder)
     except (ValueError, RuntimeError, NotImplementedError) as e:
         raise ModelError(f"transformers cannot write this base: {first_line(e)}", hint="Mend its config.") from e
     finally:
+        if generation is not None:
+            model.generation_config = generation
         for name, value in noted.items():
             setattr(config, name, value)
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "dtype": dtype})

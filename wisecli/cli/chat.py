@@ -91,10 +91,18 @@ def _talk(sink: Output, session: ChatSession, questions: list[str], side_memory:
     else:
         if sys.stdin.isatty():
             sink.note("One question per line; Ctrl-D ends.", style="dim")
-        dialogue = Dialogue(sink, session, echo=True)
+        dialogue, failed = Dialogue(sink, session, echo=True), False
         for line in lines_of(sys.stdin, "questions"):
-            if not dialogue.handle(line):
-                break
+            try:
+                if not dialogue.handle(line):
+                    break
+            except WiseError as e:
+                if not line.lstrip().startswith("/"):
+                    raise
+                sink.error(e.message, e.hint)  # a command that cannot be done; the questions behind it can
+                failed = True
+        if failed:
+            raise typer.Exit(1)
 
 
 class Dialogue:

@@ -62,6 +62,8 @@ def doctor(
             write_config(out, config)
         _show(sink, report)
         written = out if config is not None else None
+        if out is not None and written is None:
+            sink.warn(f"{out} is not written: there are no settings for a base that cannot be edited")
         _next(sink, report, written, pool, loading)
         sink.result(
             {**report.to_json(), "config": config, "out": str(written) if written else None},

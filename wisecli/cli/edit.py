@@ -123,7 +123,7 @@ def edit(
         from wisecli.models.base import load_base
 
         arguments = replace(loading, **wanted).arguments({}, _lowest(settings))
-        predicted = _predict(sink, arguments, stream, settings, more)
+        predicted = _predict(sink, arguments, stream, settings, more, jobs)
         base = load_base(**arguments)
         config_of_run = opt.edit_config(stream, base, **settings)
         kept = opt.cache_folder(sink, "the gate is") if cache else None
@@ -191,6 +191,8 @@ def _as_before(
     recorded = {k: run["base"].get(k) for k in ("revision", "dtype")} | {"model": run["base"]["name"]}
     packed = run["base"].get("quantization")
     recorded["quantize"] = f"{packed['bits']}bit" if packed else None
+    if _given(ctx, "model"):  # the revision and form are those of another base
+        recorded |= {"revision": None, "quantize": None}
     loading = {k: v if _given(ctx, k) else recorded[k] for k, v in loading.items()}
     known = as_before(older, edits)
     return loading, {k: settings[k] if k in settings and _given(ctx, k) else v for k, v in known.items()}, run["texts"]
@@ -227,12 +229,20 @@ def _report_clashes(sink: Output, stream: EditStream) -> None:
 
 
 def _predict(
-    sink: Output, loading: Mapping[str, Any], stream: EditStream, settings: Mapping[str, Any], pool: Sequence[str]
+    sink: Output,
+    loading: Mapping[str, Any],
+    stream: EditStream,
+    settings: Mapping[str, Any],
+    pool: Sequence[str],
+    jobs: int,
 ) -> Footprint | None:
-    """Say what the run will take, and warn where that is more than there is; nothing where it cannot be told."""
+    """Say what the run will take, and warn where that is more than there is; nothing where it cannot be told.
+
+    Args:
+        jobs: processes side by side, each with a base of its own.
+    """
     from wisecli.data.pool import Pool
     from wisecli.editing.footprint import predict, room
-    from wisecli.errors import WiseError
     from wisecli.models.base import check_dtype, loaded_dtype, outline, pick_device
     from wisecli.models.checkpoint import bits_of
 
@@ -247,15 +257,19 @@ def _predict(
         found = predict(
             bare, stream.records, config, dtype=dtype, device=where, pool=Pool.of(pool), quantize=bits, lower_off=off
         )
-    except (WiseError, RuntimeError, NotImplementedError, ValueError):  # loading says what is wrong, or nothing is
+    except Exception:  # it only tells: what is wrong, if anything is, loading and the search for the site say
         return None
-    parts = {"the base": found.base, "the delta": found.delta, "captured rows": found.captured, "a step": found.step}
+    parts = {"base": found.base, "delta": found.delta, "rows": found.captured, "a step": found.step}
     parts["gate and libraries"] = found.rest
-    said = ", ".join(f"{what} {_mib(n)}" for what, n in parts.items())
-    beside = f"; {_mib(found.host)} of the machine's" if found.host else ""
-    sink.line(f"memory: about {_mib(found.total)}, of it {said}{beside}")
+    said = ", ".join(f"{what} {n / 2**20:,.0f}" for what, n in parts.items())
+    sink.line(f"memory: about {_mib(found.total)} ({said})")
+    if found.host:
+        sink.line(f"        and {_mib(found.host)} of the machine's")
+    together = max(1, min(jobs, config.shards))
+    if together > 1:
+        sink.line(f"        in each of {together} processes, about {_mib(together * found.total)} together")
     there = room(where)
-    if there and found.total > there:
+    if there and together * found.total > there:
         sink.warn(
             f"{where} has {_mib(there)}: try --offload-lower, --dtype bfloat16 or --quantize 4bit, or --device-map "
             "auto over several devices"

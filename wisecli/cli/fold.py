@@ -53,8 +53,8 @@ def fold(
         index = check_fold(sm, out, memory, force)
         if lora:
             _refuse_lora(sm, index)
-        whole = opt.Loading(model, revision, STORED, "none", "cpu", trust_remote_code=trust_remote_code)
-        base = whole.of(sm)
+        stored = opt.Loading(model, revision, STORED, device="cpu", trust_remote_code=trust_remote_code)
+        base = stored.base({k: v for k, v in sm.base.items() if k != "quantization"})
         folded = fold_side_memory(
             base, sm, out, memory=index, dtype=dtype, force=force, allow_other_base=allow_other_base
         )

@@ -74,6 +74,8 @@ def merge(
         side_memory = merge_run(run, base=base, memories=None if retrieve else memories, **how)
         side_memory.save(out)
         _warn_open(sink, side_memory)
+        if not any(e.took for e in side_memory.edits):
+            sink.warn(f"none of the {len(side_memory.edits)} edits took: the gate will open to none of them as wanted")
         sink.facts(_facts(side_memory, f"{run.n_shards} from {shards}, merged by {method}"))
         sink.line(
             f"Wrote {out} ({out.stat().st_size / 1e6:.2f} MB). Next:",

@@ -92,6 +92,11 @@ def _conversation(fields: Fields) -> dict[str, Any]:
     """A conversation whose last answer is the target; beside it what a native record has."""
     name = fields.name("id")
     history, prompt, target = read_answered(fields, "messages" if "messages" in fields.raw else "conversations")
+    words = [text for role, text in history if role == "user"]
+    for key, said in (("prompt", [prompt, *words]), ("target", [target])):
+        beside = fields.optional(key) if isinstance(fields.raw.get(key), str) else None
+        if beside is not None and beside.strip() not in [text.strip() for text in said]:
+            fields.fault(key, "says something else than the messages it stands beside")
     system = fields.optional("system")
     if system is not None:
         history = (("system", system), *(m for m in history if m[0] != "system"))

@@ -57,6 +57,8 @@ def read_raw(path: Path, limit: int | None = None) -> list[RawRecord]:
 
 def missing_file(path: Path) -> InputError:
     """The error for a path that leads nowhere, naming files beside it that are spelled alike."""
+    if path.exists():
+        return InputError(f"{path} is no regular file", hint="Write what it gives to a file first.")
     folder = path.parent
     if not folder.is_dir():
         return InputError(f"{path} does not exist: there is no folder {folder}", hint="Check the path.")

@@ -11,6 +11,7 @@ from wisecli.errors import UsageError
 
 SCHEDULES = ("rehearsal", "published")
 _PER_SHARD = 50
+_MOST_LR = 1e6
 
 
 def shards_for(edits: int) -> int:
@@ -89,8 +90,8 @@ class EditConfig:
             raise UsageError(f"--dropout must lie in [0, 1), not {self.dropout}.")
         if not 0 <= self.rewording <= 1:
             raise UsageError(f"--rewording must lie in [0, 1], not {self.rewording}.")
-        if self.lr is not None and self.lr <= 0:
-            raise UsageError(f"--lr must be positive, not {self.lr}.")
+        if self.lr is not None and not 0 < self.lr <= _MOST_LR:
+            raise UsageError(f"--lr must be positive and {_MOST_LR:g} at most, not {self.lr}.")
 
     @classmethod
     def for_stream(

@@ -332,8 +332,8 @@ class Rehearsal:
 
     def _within_budget(self, picked: list[int]) -> list[int]:
         """The rows that fit `tokens`, pending and earlier ones in turn; two at least."""
-        pending = [i for i in picked if self.worst[i] > self.limit]
         earlier = [i for i in picked if self.worst[i] <= self.limit]
+        pending = [i for i in picked if not self.worst[i] <= self.limit]  # a loss that is no number does not hold
         out: list[int] = []
         spent = 0
         for i in (i for pair in zip_longest(pending, earlier) for i in pair if i is not None):

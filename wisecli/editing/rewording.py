@@ -46,7 +46,7 @@ class Rewording:
         rows = [upper.encoder.pair(*wording) for wording in wordings()]
         seen: dict[int, tuple[Tensor, Tensor]] = {}
         for i, row in upper.capturing(rows):  # of a row only this is kept
-            at = _predicting(row)
+            at = row.predicting
             seen[i] = row.a[at], row.stream[at]
         return cls([_move(seen[i], seen[i + 1]) for i in range(0, len(rows), 2)])
 
@@ -54,8 +54,8 @@ class Rewording:
         """The row as if its prompt were worded otherwise, as `generator` chooses; long targets keep the last move."""
         which, back = divmod(int(torch.randint(2 * len(self.moves), (), generator=generator)), 2)
         move_a, move_stream = self.moves[which]
-        at = _predicting(row)
-        like = torch.arange(len(at)).clamp(max=len(move_a) - 1)
+        at = row.predicting
+        like = torch.arange(len(at), device=at.device).clamp(max=len(move_a) - 1)
         a, stream = row.a.clone(), row.stream.clone()
         a[at] += -move_a[like] if back else move_a[like]
         stream[at] += -move_stream[like] if back else move_stream[like]
@@ -70,8 +70,3 @@ def wordings() -> list[tuple[str, str]]:
 def _move(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     n = min(len(one[0]), len(other[0]))
     return _REACH * (other[0][:n] - one[0][:n]), _REACH * (other[1][:n] - one[1][:n])
-
-
-def _predicting(row: CapturedRow) -> Tensor:
-    """Positions from which the tokens of the target are predicted [n]."""
-    return (row.labels[1:] != -100).nonzero()[:, 0]

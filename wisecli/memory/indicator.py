@@ -26,7 +26,7 @@ def activation_indicator(a: Tensor, content: Tensor, delta: Tensor) -> Tensor:
 def indicator_of(side: Tensor, content: Tensor) -> Tensor:
     """The same [B] where a delta^T [B, T, D] is known already."""
     per_token = side.float().norm(dim=-1)
-    weight = content.to(per_token.dtype)
+    weight = content.to(per_token)
     return (per_token * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 

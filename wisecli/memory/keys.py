@@ -54,7 +54,7 @@ class KeySpace:
             rank: directions kept at most.
             axes: within which to look for them [D, p], where they are known; see `principal_axes`.
         """
-        h = h.double().cpu()
+        h = h.cpu().double()
         axes = principal_axes(h) if axes is None else axes
         mean = h.mean(0)
         h = h - mean
@@ -86,7 +86,7 @@ class KeySpace:
 
 def principal_axes(h: Tensor) -> Tensor:
     """The directions in which prompts differ at all, `WIDEST` of them at most [D, p], from entries [N, D]."""
-    h = h.double().cpu()
+    h = h.cpu().double()
     h = h - h.mean(0)
     variance, axes = torch.linalg.eigh(h.T @ h / max(1, len(h) - 1))
     # Fewer prompts than directions: the rest of the spectrum is rounding noise, and so are its directions.

@@ -28,6 +28,7 @@ from wisecli.models.checkpoint import (
     pickled,
     quantization_of,
     quantizing,
+    repacks,
     steady,
     stored_matrix,
     weights_reading,
@@ -232,15 +233,20 @@ def borrowed(model: PreTrainedModel) -> Iterator[None]:
         raise ModelError(
             "The model was loaded under torch.inference_mode.", hint="Load it outside, then nothing else changes."
         )
+    repacking: list[Any] = [m for m in model.modules() if repacks(m)]
     training = [m for m in model.modules() if m.training]
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.inference_mode(False), torch.enable_grad():
         try:
             model.eval()
+            for m in repacking:
+                m.support_avx512bf16_for_cpu = False
             for p in trained:
                 p.requires_grad_(False)
             yield
         finally:
+            for m in repacking:
+                m.support_avx512bf16_for_cpu = True
             for m in training:
                 m.training = True
             for p in trained:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wisecli.errors import ModelError, UsageError
+from wisecli.errors import ModelError, RoutingError, UsageError
 
 QUANTIZE = {"4bit": 4, "8bit": 8, "none": None}
 _TAKEN = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")  # as config.json may call it
@@ -168,15 +168,33 @@ def steady(model: nn.Module) -> None:
     inference alone: no gradient comes out then, without a word. That is switched off.
     """
     for m in model.modules():
-        if getattr(m, "support_avx512bf16_for_cpu", False):
+        if repacks(m):
             m.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         if mixes_rows(m):
             m.state.threshold = 0.0  # type: ignore[union-attr]
 
 
+def repacks(m: Any) -> bool:
+    """Whether a module will let no gradient through after its first forward; see `steady`."""
+    return bool(getattr(m, "support_avx512bf16_for_cpu", False))
+
+
 def mixes_rows(m: Any) -> bool:
     """Whether what a module makes of a row depends on the other rows of the batch; see `steady`."""
     return type(m).__name__ == "Linear8bitLt" and m.state.threshold > 0
+
+
+def check_rows(model: nn.Module) -> None:
+    """Refuse a model whose rows depend on one another.
+
+    Raises:
+        RoutingError: it is one, in 8 bits.
+    """
+    if any(mixes_rows(m) for m in model.modules()):
+        raise RoutingError(
+            "In this 8-bit model the rows of a batch depend on one another: main memory's would not be the base's.",
+            hint="Load it with wisecli.load_base, or with BitsAndBytesConfig(llm_int8_threshold=0.0).",
+        )
 
 
 def stored_matrix(model: Any, path: str, shape: tuple[int, int]) -> Tensor | None:

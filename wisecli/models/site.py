@@ -81,9 +81,14 @@ class EditSite:
         w: Tensor = m.weight.detach()
         if w.is_floating_point() and not w.is_meta:
             return w.T if _is_conv1d(m) else w
-        units = torch.eye(_shape(m)[1], device=self.device(model))
-        constant = m(torch.zeros_like(units[:1]))
-        return torch.cat([m(some) - constant for some in units.split(_UNITS)]).T.float()
+        width, place = _shape(m)[1], self.device(model)
+        constant = m(torch.zeros(1, width, device=place)).float()
+        columns = []
+        for some in torch.arange(width, device=place).split(_UNITS):
+            units = torch.zeros(len(some), width, device=place)
+            units[range(len(some)), some] = 1
+            columns.append(m(units).float() - constant)
+        return torch.cat(columns).T
 
 
 @contextlib.contextmanager

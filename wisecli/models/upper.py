@@ -43,7 +43,8 @@ class CapturedRow:
     `stream` is the edited layer's own output when the projection is added to it unchanged, else the layer's input.
     `content` [T] marks the prompt's content tokens. `entry` [D] is the residual stream that enters the edited layer, at
     the last content token: what the prompt's key is made of. Of S residual streams, `stream` is [T, S, D] and `entry`
-    [S D]. `beside` is what lower layers leave to upper ones past the stream, as keys and values that these share.
+    [S D]. `prompt` is how many tokens the prompt has; `beside` what lower layers leave to upper ones past the stream,
+    as keys and values that these share.
     """
 
     ids: Tensor
@@ -52,7 +53,13 @@ class CapturedRow:
     a: Tensor
     stream: Tensor
     entry: Tensor
+    prompt: int
     beside: Any = None
+
+    @property
+    def predicting(self) -> Tensor:
+        """Positions from which the tokens of the target are predicted [n]."""
+        return torch.arange(self.prompt - 1, len(self.ids) - 1, device=self.a.device)
 
     def alone(self) -> CapturedRow:
         """The row in memory of its own."""
@@ -96,8 +103,9 @@ class StackedRows:
         """The rows, in order."""
         ids = pad_sequence([r.ids for r in rows], batch_first=True)
         labels = pad_sequence([r.labels for r in rows], batch_first=True, padding_value=-100)
-        wanted = F.pad(labels[:, 1:] != -100, (0, 1))
-        at = wanted.flatten().nonzero()[:, 0]
+        width = ids.shape[1]  # told here, so that nothing is asked back from an accelerator in every step
+        places = [k * width + t for k, r in enumerate(rows) for t in range(r.prompt - 1, len(r.ids) - 1)]
+        at = torch.tensor(places, dtype=torch.long, device=ids.device)
         return cls(
             ids=ids,
             labels=labels,
@@ -107,7 +115,7 @@ class StackedRows:
             stream=pad_sequence([r.stream for r in rows], batch_first=True),
             at=at,
             targets=labels.flatten()[at + 1],
-            counts=tuple(wanted.sum(1).tolist()),
+            counts=tuple(len(r.ids) - r.prompt for r in rows),
             lengths=tuple(len(r.ids) for r in rows),
             beside=_padded([r.beside for r in rows]),
         )
@@ -156,12 +164,13 @@ class UpperModel:
             picked = order[at : at + batch_size]
             batch = self.encoder.batch([rows[i] for i in picked], side="right").to(self.model.device)
             a, stream, entry, beside = self._run_lower(batch.inputs)
-            last = last_content(batch.content)
+            last = last_content(batch.content).tolist()
             for k, i in enumerate(picked):
-                n = len(rows[i])
+                n, prompt = len(rows[i]), len(rows[i].prompt)
                 ids, labels, content = (x[k, :n] for x in (batch.input_ids, batch.labels, batch.content))
                 at_last = entry[k, last[k]].flatten()
-                yield i, CapturedRow(ids, labels, content, a[k, :n], stream[k, :n], at_last, _cut(beside, k, n))
+                past = _cut(beside, k, n)
+                yield i, CapturedRow(ids, labels, content, a[k, :n], stream[k, :n], at_last, prompt, past)
 
     def entries(self, rows: Sequence[Row]) -> Tensor:
         """What each row brings into the edited layer at its last content token [N, D]; that layer does not run."""
@@ -182,15 +191,16 @@ class UpperModel:
         """
         stream = rows.stream
         with contextlib.ExitStack() as stack:
+            if delta is not None and side is None:
+                side = rows.side(delta)
             if self.additive:
-                if delta is not None and side is None:
-                    side = rows.side(delta)
                 stream = stream if side is None else stream + side.to(stream.dtype)
                 stack.enter_context(self._stubbed(self.site.layer + 1, stream, rows))
             else:
                 stack.enter_context(self._stubbed(self.site.layer, stream, rows))
-                if delta is not None:
-                    stack.enter_context(_hooked(self.ffn, lambda a, y: y + _side(a, delta, y)))
+                if side is not None:
+                    # Of the rows' own `a`, which may hold dropout or another wording, not of what runs here.
+                    stack.enter_context(_hooked(self.ffn, lambda a, y: y + side.to(y.dtype).view_as(y)))
             stack.enter_context(head_at(self.model, rows.at))
             if self._last_ffn is not None:
                 stack.enter_context(_only_at(self._last_ffn, rows.at, rows.ids.shape))
@@ -325,8 +335,8 @@ class UpperModel:
         """Whether the upper part alone gives the model's own logits [n, V]."""
         try:
             replayed = self.logits(StackedRows.of(captured), None)
-        except Exception:
-            if self._last_ffn is None:
+        except Exception as e:
+            if self._last_ffn is None or isinstance(e, torch.OutOfMemoryError):
                 raise
             return False  # an FFN that does not take positions out of their rows
         tolerance = _REPLAY_TOLERANCE * (1 if self._exact(full) else 20) * (1 + full.abs().max())
@@ -387,9 +397,9 @@ def entries_at(
         finally:
             for h in handles:
                 h.remove()
-        last = last_content(batch.content)
+        last = last_content(batch.content).tolist()
         streams = {i: residual(model, h, *batch.input_ids.shape) for i, h in box.items()}
-        yield picked, {i: h[torch.arange(len(picked), device=h.device), last].flatten(1) for i, h in streams.items()}
+        yield picked, {i: h[range(len(picked)), last].flatten(1) for i, h in streams.items()}
 
 
 class _Enough(Exception):
@@ -428,10 +438,6 @@ def _padded(beside: Sequence[Any]) -> Any:
     return pad_sequence([b.transpose(0, 1) for b in beside], batch_first=True).transpose(1, 2)
 
 
-def _side(a: Tensor, delta: Tensor, y: Tensor) -> Tensor:
-    return F.linear(a.to(delta.dtype), delta).to(y.dtype).view_as(y)
-
-
 @contextlib.contextmanager
 def head_at(model: Any, at: Tensor) -> Iterator[None]:
     """Within it the LM head sees only some positions, and logits are [n, V].
@@ -461,11 +467,11 @@ def _only_at(module: nn.Module, at: Tensor, shape: Sequence[int]) -> Iterator[No
 
     def gather(m: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
         x = args[0]
-        return x.flatten(0, -2)[at].view(*([1] * (x.dim() - 2)), len(at), -1), *args[1:]
+        return x.flatten(0, -2)[at.to(x.device)].view(*([1] * (x.dim() - 2)), len(at), -1), *args[1:]
 
     def scatter(m: nn.Module, args: Any, out: Any) -> Any:
         y = out[0] if isinstance(out, tuple) else out
-        full = y.new_zeros(math.prod(shape), y.shape[-1]).index_copy(0, at, y.flatten(0, -2))
+        full = y.new_zeros(math.prod(shape), y.shape[-1]).index_copy(0, at.to(y.device), y.flatten(0, -2))
         full = full.view(*shape, -1) if y.dim() == 3 else full
         return (full, *out[1:]) if isinstance(out, tuple) else full
 

@@ -27,7 +27,7 @@ from wisecli.hub import SIDE_MEMORY, fetch, is_hub_id
 from wisecli.memory.dense import DenseDeltas
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base, matches, matrix_of
-from wisecli.models.checkpoint import mixes_rows
+from wisecli.models.checkpoint import check_rows
 from wisecli.models.prompts import Batch
 from wisecli.routing.engine import Asked, Decided, Member, OnModel
 from wisecli.routing.routers import MAIN, Route, Router, Routes, Seen
@@ -196,11 +196,7 @@ def fitting_side_memory(
             f"This side memory was learned on {sm.base.get('name')}; the weights of {site.path} {found}.",
             hint="Give the right base with --model, or attach anyway with --allow-other-base.",
         )
-    if any(mixes_rows(m) for m in model.modules()):
-        raise RoutingError(
-            "In this 8-bit model the rows of a batch depend on one another: main memory's would not be the base's.",
-            hint="Load it with wisecli.load_base, or with BitsAndBytesConfig(llm_int8_threshold=0.0).",
-        )
+    check_rows(model)
     return sm
 
 

@@ -206,12 +206,15 @@ class OnModel:
             ]
         self._members[member.key] = member
 
-    def _put_on(self) -> None:
-        if carries_side_memory(self.model):
+    def _refuse_second(self) -> None:
+        if not self._handles and carries_side_memory(self.model):
             raise UsageError(
                 "This model carries a side memory already.",
                 hint="Detach it first. Several on one model are what wisecli.SideMemories is for.",
             )
+
+    def _put_on(self) -> None:
+        self._refuse_second()
         self._handles = [
             self._decoder.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True),
             self._decoder.register_forward_hook(_Hook(self._leave), with_kwargs=True, always_call=True),

@@ -249,7 +249,8 @@ class KeyRouter:
 
 def last_entries(seen: Seen) -> Tensor:
     """The entry [B, D] at each row's last content token."""
-    return seen.entry[torch.arange(len(seen.entry), device=seen.entry.device), last_content(seen.content)]
+    last = last_content(seen.content).to(seen.entry.device)
+    return seen.entry[torch.arange(len(last), device=last.device), last]
 
 
 ROUTERS = ("key", "activation")

@@ -50,6 +50,7 @@ class SideMemories(OnModel):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
+        self._refuse_second()
         self._named: dict[str, Member] = {}
         self._used: tuple[Member, ...] = ()
         self._requests: ContextVar[tuple[tuple[Member, ...], ...] | None] = ContextVar("wise_requests", default=None)
@@ -156,6 +157,7 @@ class SideMemories(OnModel):
         """
         if isinstance(each, str) or not len(each):
             raise UsageError(f"{each!r} is no list of requests.", hint='Give one entry per row, as ["a", None].')
+        self._refuse_second()
         token = self._requests.set(tuple(() if one is None else self._members_of(one) for one in each))
         try:
             yield
