@@ -16,6 +16,7 @@ from pathlib import Path
 
 import wisecli
 from wisecli.chat import ChatSession
+from wisecli.editing.run import Progress
 from wisecli.evaluation.answers import generate_answers
 from wisecli.models.base import Base
 from wisecli.models.prompts import PromptEncoder
@@ -33,12 +34,12 @@ TEMPLATE = (
 
 def learn(base: Base, stream: wisecli.EditStream, out: Path) -> wisecli.SideMemory:
     """Learn the edits inside the base's chat template into a run folder, and merge its shards."""
-    config = wisecli.EditConfig(chat=True, shards=min(2, len(stream)))
-    run = wisecli.EditRun(base, stream, config, out / "shards")
-    for step in run:
+
+    def tell(step: Progress) -> None:
         for entry in step.finished:
             print(f"{entry['id']}: {entry['outcome']}")
-    return wisecli.merge_run(run.folder, base=base)
+
+    return wisecli.edit(base, stream, out=out / "shards", chat=True, progress=tell)
 
 
 def show(question: str, answer: str, route: Route | None) -> None:

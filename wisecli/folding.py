@@ -277,6 +277,8 @@ def _write_model(base: Base, folder: Path, state: dict[str, Tensor], dtype: str)
             model.generation_config = generation
         for name, value in noted.items():
             setattr(config, name, value)
+    for weights in folder.glob("*.safetensors"):  # written for their owner alone
+        shutil.copymode(folder / "config.json", weights)
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "dtype": dtype})
 
 
