@@ -166,6 +166,13 @@ def test_a_base_whose_weights_have_changed_gets_a_gate_of_its_own(load: Any) -> 
     assert not torch.equal(kept.keys.space.projection, before.keys.space.projection)
 
 
+def test_no_run_begins_among_other_files(plain: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(OutputError, match=r"holds model\.safetensors"):
+        wisecli.edit(*plain, EDITS, out=tmp_path, **SETTINGS)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["model.safetensors"]
+
+
 def test_an_error_says_all_that_is_known_of_it(plain: Any) -> None:
     with pytest.raises(InputError) as e:
         wisecli.edit(*plain, [{"prompt": "x"}, {"prompt": 3, "target": "x"}])

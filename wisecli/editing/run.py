@@ -26,7 +26,7 @@ from wisecli.data.stream import EditStream
 from wisecli.editing.config import EditConfig
 from wisecli.editing.conflicts import Conflicts
 from wisecli.editing.editor import Editor, OpenShard, describe_stream, slices
-from wisecli.errors import InputError, UsageError
+from wisecli.errors import InputError, OutputError, UsageError
 from wisecli.memory.files import ensure_writable, load_tensors, save_tensors
 from wisecli.memory.shard import RunFolder, locked
 from wisecli.models.base import Base
@@ -232,6 +232,7 @@ class EditRun:
         run = self.editor.describe(self.stream)
         if not (out / "run.json").exists():
             self._position = 0
+            _refuse_foreign(out)
             return RunFolder.create(out, run)
         folder = RunFolder.open(out)
         self._refuse_other(folder, run)
@@ -294,6 +295,16 @@ def as_before(run: RunFolder, edits: int) -> dict[str, Any]:
     first = run.streams[0]
     size = first["edits"] / first["shards"]
     return run.run["config"] | {"shards": max(1, round(edits / size))}
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse to begin a run among other files, as those of a model."""
+    held = sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) if out.is_dir() else []
+    if held:
+        raise OutputError(
+            f"{out} is no run folder and not empty: it holds {', '.join(held[:3])}{', ...' if len(held) > 3 else ''}.",
+            hint="Choose another folder with --out.",
+        )
 
 
 def _differences(old: Any, new: Any, keys: Sequence[str]) -> str:
