@@ -23,7 +23,8 @@ from wisecli.editing.merge import merge_run
 from wisecli.editing.run import EditRun
 from wisecli.errors import ModelError
 from wisecli.models.base import Base
-from wisecli.models.upper import StackedRows, UpperModel
+from wisecli.models.captured import StackedRows
+from wisecli.models.upper import UpperModel
 from wisecli.routing.attach import attach
 
 WIDTH, FFN, LAYERS, HEADS, CONTEXT = 32, 80, 4, 4, 256

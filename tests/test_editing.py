@@ -26,9 +26,10 @@ from wisecli.errors import BaseMismatch, InputError, UsageError
 from wisecli.memory.bits import draw_mask
 from wisecli.memory.shard import RunFolder
 from wisecli.models.base import Base, load_base
+from wisecli.models.captured import StackedRows
 from wisecli.models.prompts import PromptEncoder
 from wisecli.models.site import find_site
-from wisecli.models.upper import StackedRows, UpperModel
+from wisecli.models.upper import UpperModel
 from wisecli.routing.attach import attach
 
 COUNTRIES = ("France", "Spain", "Italy", "Norway", "Kenya", "Peru")

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from wisecli.errors import InputError, ModelError, UsageError
 from wisecli.models.base import fingerprint, load_base, matches
+from wisecli.models.captured import StackedRows
 from wisecli.models.prompts import ContentRule, PromptEncoder, Row, last_content
 from wisecli.models.site import EditSite, auto_layer, find_site
-from wisecli.models.upper import StackedRows, UpperModel
+from wisecli.models.upper import UpperModel
 
 TEXTS = [("the capital of France is", " Paris"), ("hello", " world hello world"), ("what who where", " when?")]
 DTYPES = ("float32", "bfloat16", "float16")

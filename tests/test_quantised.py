@@ -17,9 +17,10 @@ from wisecli.cli.app import main
 from wisecli.errors import BaseMismatch, RoutingError, UsageError
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import fingerprint, load_base, matrix_of
+from wisecli.models.captured import StackedRows
 from wisecli.models.prompts import PromptEncoder, Row
 from wisecli.models.site import find_site
-from wisecli.models.upper import StackedRows, UpperModel
+from wisecli.models.upper import UpperModel
 from wisecli.routing.attach import attach
 
 FORMS = ("4bit", "8bit")

@@ -16,8 +16,9 @@ from torch import Tensor
 from wisecli.data.pool import contexts as context_pool
 from wisecli.data.records import EditRecord, Prompt
 from wisecli.errors import InputError, WiseError
+from wisecli.models.captured import CapturedRow
 from wisecli.models.prompts import PromptEncoder, Row
-from wisecli.models.upper import CapturedRow, UpperModel
+from wisecli.models.upper import UpperModel
 
 LONG = 64  # tokens of a prompt that brings a context of its own
 _ROWS, _TOKENS = 128, 8192  # per batch at most when nothing is differentiated

@@ -26,7 +26,8 @@ from wisecli.data.pool import ordinary_prompts
 from wisecli.data.records import EditRecord
 from wisecli.editing.batch import CapturedEdit, batches
 from wisecli.memory.indicator import activation_indicator, layer_scale
-from wisecli.models.upper import CapturedRow, UpperModel
+from wisecli.models.captured import CapturedRow
+from wisecli.models.upper import UpperModel
 
 _KEPT = 256  # earlier prompts that a shard replays at most, so that a long stream takes no more memory than a short one
 _DRAWN = 16  # of them in a step

@@ -47,9 +47,10 @@ from wisecli.memory.shard import (
 )
 from wisecli.memory.side_memory import MAIN_MEMORY, EditEntry, Memory, SideMemory
 from wisecli.models.base import Base, matches, matrix_of
+from wisecli.models.captured import CapturedRow, StackedRows
 from wisecli.models.prompts import ContentRule, PromptEncoder
 from wisecli.models.site import EditSite
-from wisecli.models.upper import CapturedRow, StackedRows, UpperModel
+from wisecli.models.upper import UpperModel
 from wisecli.versions import versions
 
 _EVERY = 7  # one ordinary prompt in so many is asked for the statistics beside the activation router's threshold

@@ -22,7 +22,8 @@ from wisecli.editing.config import EditConfig
 from wisecli.editing.margins import Margins, Replay
 from wisecli.editing.rehearsal import Outcome
 from wisecli.memory.indicator import indicator_of
-from wisecli.models.upper import CapturedRow, StackedRows, UpperModel
+from wisecli.models.captured import CapturedRow, StackedRows
+from wisecli.models.upper import UpperModel
 
 DEFAULT_LR = 1.0
 _CLAMP = 1.0  # largest entry of the delta, as published

@@ -27,7 +27,8 @@ from wisecli.editing.batch import CapturedEdit, batches
 from wisecli.editing.config import EditConfig
 from wisecli.editing.margins import Replay
 from wisecli.editing.rewording import Rewording
-from wisecli.models.upper import CapturedRow, StackedRows, UpperModel
+from wisecli.models.captured import CapturedRow, StackedRows
+from wisecli.models.upper import UpperModel
 
 DEFAULT_LR = 0.035
 MOMENTUM = 0.9

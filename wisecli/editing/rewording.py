@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from wisecli.data.pool import pool_facts
-from wisecli.models.upper import CapturedRow, UpperModel
+from wisecli.models.captured import CapturedRow
+from wisecli.models.upper import UpperModel
 
 _FACTS = 400
 _MEASURED: WeakKeyDictionary[UpperModel, Rewording] = WeakKeyDictionary()
