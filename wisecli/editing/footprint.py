@@ -97,8 +97,11 @@ class _Shape:
         return max((self._swept([rows[i] for i in picked]) for picked in batches([len(r) for r in rows])), default=0)
 
     def _swept(self, rows: Sequence[Row]) -> int:
+        n, targets = _padded(rows), _targets(rows)
         entering = sum(map(len, rows)) * self.d_in * 4
-        return entering + self.passing(rows) + _targets(rows) * self.vocab * (4 + self.size)
+        through_ffn = n if self.above > 1 else targets  # the last layer's runs on the positions of targets alone
+        working = (3 * through_ffn * self.d_in + 6 * n * self.d_out) * self.size
+        return entering + working + targets * self.vocab * (4 + self.size)
 
 
 def predict(

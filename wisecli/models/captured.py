@@ -57,7 +57,7 @@ class StackedRows:
     """Captured rows made ready for the upper part: put together once, asked as often as wanted.
 
     Attributes:
-        ids, labels, real, content: [B, T], padded on the right; the real tokens' mask is `real`.
+        ids, real, content: [B, T], padded on the right; the real tokens' mask is `real`.
         a: input of the edited projection at the real tokens of all rows, one after the other [N, F].
         stream: [B, T, D].
         at: where a supervised token is predicted, as positions in [B T], row by row [n].
@@ -67,7 +67,6 @@ class StackedRows:
     """
 
     ids: Tensor
-    labels: Tensor
     real: Tensor
     content: Tensor
     a: Tensor
@@ -82,19 +81,17 @@ class StackedRows:
     def of(cls, rows: Sequence[CapturedRow]) -> StackedRows:
         """The rows, in order."""
         ids = pad_sequence([r.ids for r in rows], batch_first=True)
-        labels = pad_sequence([r.labels for r in rows], batch_first=True, padding_value=-100)
         width = ids.shape[1]  # told here, so that nothing is asked back from an accelerator in every step
         places = [k * width + t for k, r in enumerate(rows) for t in range(r.prompt - 1, len(r.ids) - 1)]
         at = torch.tensor(places, dtype=torch.long, device=ids.device)
         return cls(
             ids=ids,
-            labels=labels,
             real=pad_sequence([torch.ones_like(r.ids) for r in rows], batch_first=True),
             content=pad_sequence([r.content for r in rows], batch_first=True),
             a=torch.cat([r.a for r in rows]),
             stream=pad_sequence([r.stream for r in rows], batch_first=True),
             at=at,
-            targets=labels.flatten()[at + 1],
+            targets=ids.flatten()[at + 1],
             counts=tuple(len(r.ids) - r.prompt for r in rows),
             lengths=tuple(len(r.ids) for r in rows),
             beside=_padded([r.beside for r in rows]),
