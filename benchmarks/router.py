@@ -41,7 +41,7 @@ from wisecli.editing.merge import merge_shards
 from wisecli.evaluation.evaluate import EvalOptions, evaluate
 from wisecli.evaluation.metrics import auc, mean
 from wisecli.evaluation.questions import SCORES, Item
-from wisecli.memory.keys import KeySpace
+from wisecli.memory.keys import KeySpace, to_int8
 from wisecli.memory.lookup import SHARE, alike
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base, load_base
@@ -168,7 +168,7 @@ def score_keys(
 def fit_space(h: Tensor, group: Tensor, r: Reading) -> KeySpace:
     """The key space of a reading; without groups `KeySpace` whitens."""
     if r.space == "centred":
-        return KeySpace(h.mean(0).half(), torch.eye(h.shape[1]).half(), torch.ones(1))
+        return KeySpace(h.mean(0).half(), *to_int8(torch.eye(h.shape[1]), 0))
     return KeySpace.fit(h, group if r.space == "fisher" else torch.full_like(group, ALONE), r.rank)
 
 

@@ -117,7 +117,7 @@ def agreement(base: Base, many: SideMemory, stream: EditStream, prompts: int) ->
     found = {"prompts": 0, "routed": 0, "same memory": 0, "same indicator": 0, "same nearest edit": 0}
     with attach(base.model, many, router="activation") as attached:
         exact = ActivationRouter(attached.deltas, attached.router.epsilon)
-        keys, owner = many.keys.keys.float(), many.keys.owner
+        keys, owner = many.keys.vectors, many.keys.owner
         for batch in batches(base, stream, prompts, 8):
             routes, seen = attached.look(batch)
             want = exact.decide(seen)

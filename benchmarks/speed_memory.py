@@ -23,7 +23,7 @@ from measure import in_child, interleaved, peak_memory
 from torch import Tensor
 
 from wisecli.memory.bits import SparseDelta, draw_mask
-from wisecli.memory.keys import KeySpace, KeyStore
+from wisecli.memory.keys import KeySpace, KeyStore, to_int8
 from wisecli.memory.merge import merge_deltas
 from wisecli.memory.side_memory import EditEntry, Memory, SideMemory
 from wisecli.models.prompts import ContentRule
@@ -153,16 +153,16 @@ def side_memory(
     shape = (site.d_out, site.d_in)
     packed = SparseDelta.pack(torch.randn(shape, generator=generator) * 1e-3, draw_mask(shape, 0.2, 0), torch.bfloat16)
     mean, projection = torch.zeros(site.d_out), torch.randn(site.d_out, rank, generator=generator)
-    keys = torch.randn(4 * edits, rank, generator=generator).half()
+    keys = torch.randn(4 * edits, rank, generator=generator)
     owner = torch.arange(edits).repeat_interleave(4)
-    space = KeySpace(mean.half(), projection.half(), torch.ones(1))
+    space = KeySpace(mean.half(), *to_int8(projection, 0))
     entries = tuple(EditEntry(f"e{i}", 0, True, f"What is the capital of {i}?", f"City {i}") for i in range(edits))
     return SideMemory(
         base=base or {"name": "random", "revision": None, "model_type": "llama", "fingerprint": {}},
         site=site,
         rule=ContentRule(),
         memories=(Memory(packed, {"key": epsilon}, tuple(e.id for e in entries)),),
-        keys=KeyStore(space, keys, owner, torch.zeros(edits).half()),
+        keys=KeyStore.of(space, keys, owner, torch.zeros(edits)),
         edits=entries,
     )
 

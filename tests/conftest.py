@@ -233,7 +233,7 @@ def make_side_memory(encoder: Any) -> Callable[..., Any]:
                 Memory(SparseDelta.pack(d), e, tuple(f"e{i}" for i, m in enumerate(memory_of) if m == j), {"seed": j})
                 for j, (d, e) in enumerate(zip(deltas, epsilon, strict=True))
             ),
-            keys=KeyStore(space, keys.half(), torch.arange(len(prompts)), torch.zeros(len(prompts)).half()),
+            keys=KeyStore.of(space, keys, torch.arange(len(prompts)), torch.zeros(len(prompts))),
             edits=tuple(
                 EditEntry(f"e{i}", m, True, p, " Paris", {"note": i})
                 for i, (p, m) in enumerate(zip(prompts, memory_of, strict=True))

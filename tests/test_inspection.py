@@ -267,7 +267,9 @@ def test_an_edit_next_to_another_is_answered_by_it(side_memory: SideMemory, tmp_
     keys[owner == 4] = keys[owner == 3]
     crowding = side_memory.keys.crowding.clone()
     crowding[4], crowding[3] = 0.0, 0.5
-    moved = replace(side_memory, keys=replace(side_memory.keys, keys=keys, crowding=crowding))
+    step = side_memory.keys.step.clone()
+    step[owner == 4] = step[owner == 3]
+    moved = keyed(side_memory, keys=keys, step=step, crowding=crowding)
     view = view_edit(open_source(saved(moved, tmp_path)), "edit-3")
     assert (view.opening.reached, view.nearest[0].line.id) == ("edit-4", "edit-4")
     assert "edit-4" in view.opening.why
@@ -384,7 +386,7 @@ def poisoned(t: torch.Tensor) -> torch.Tensor:
 
 BROKEN: dict[str, tuple[Change, str, str]] = {
     "values": (lambda sm: first_delta(sm, values=poisoned(sm.memories[0].delta.values)), "values", "not finite"),
-    "key": (lambda sm: keyed(sm, keys=poisoned(sm.keys.keys)), "values", "keys.vectors"),
+    "key": (lambda sm: keyed(sm, step=poisoned(sm.keys.step)), "values", "keys.step"),
     "popcount": (lambda sm: first_delta(sm, values=sm.memories[0].delta.values[1:]), "mask", "entries, but there are"),
     "mask": (lambda sm: first_delta(sm, bits=sm.memories[0].delta.bits[:-1]), "tensors", "memory.0.mask is"),
     "whole": (lambda sm: first_delta(sm, values=sm.memories[0].delta.values.int()), "tensors", "torch.int32"),
@@ -514,7 +516,7 @@ def test_a_withdrawn_edit_must_not_be_answered_by_the_side_memory(
     leaking = edited(with_details(side_memory, "edit-1", outcome="withdrawn"), "edit-1", took=False)
     assert [a.entry.id for a in ask_edits(base, leaking) if not a.passed] == ["edit-1"]
     keyless = side_memory.keys.owner != 1  # with no keys its prompt goes to another edit or to main memory
-    without = keyed(closed, keys=side_memory.keys.keys[keyless], owner=side_memory.keys.owner[keyless])
+    without = keyed(closed, **{name: getattr(side_memory.keys, name)[keyless] for name in ("keys", "step", "owner")})
     assert failing(saved(without, tmp_path)) == {}
     assert all(a.passed for a in ask_edits(base, without))
 

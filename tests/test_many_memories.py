@@ -321,7 +321,7 @@ def test_a_store_of_many_keys_names_the_first_of_equal_edits() -> None:
     h = torch.randn(1500, WIDTH, generator=g)
     space = KeySpace.fit(h, torch.full((len(h),), -1), WIDTH)
     vectors = space(h).half()
-    store = KeyStore(space, torch.cat([vectors, vectors]), torch.arange(3000), torch.zeros(3000).half())
+    store = KeyStore.of(space, torch.cat([vectors, vectors]), torch.arange(3000), torch.zeros(3000))
     best, edit = store.nearest(h)
     assert torch.equal(edit, torch.arange(1500))
     assert torch.equal(best, store.scores(h).max(1).values)

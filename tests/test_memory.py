@@ -30,7 +30,7 @@ from wisecli.memory.files import (
     write_bytes,
     write_json,
 )
-from wisecli.memory.keys import KeySpace, KeyStore, crowding
+from wisecli.memory.keys import KeySpace, KeyStore, crowding, to_int8
 from wisecli.memory.lookup import alike
 from wisecli.memory.side_memory import EditEntry, Memory, SideMemory
 from wisecli.models.prompts import ContentRule
@@ -48,7 +48,7 @@ def example(seed: int = 0, memories: int = 2) -> SideMemory:
     site = EditSite("model.layers.2.mlp.down_proj", 2, 12, 7, False)
     deltas = [torch.where(draw_mask((7, 12), 0.3, s), torch.randn(7, 12, generator=g), 0.0) for s in range(memories)]
     space = KeySpace.fit(torch.randn(20, 12, generator=g), torch.arange(20) // 2, 5)
-    vectors = space(torch.randn(3, 12, generator=g)).half()
+    vectors = space(torch.randn(3, 12, generator=g))
     return SideMemory(
         base={"name": "tïny", "revision": "abc", "model_type": "llama", "fingerprint": {"float32": "00"}},
         site=site,
@@ -57,7 +57,7 @@ def example(seed: int = 0, memories: int = 2) -> SideMemory:
             Memory(SparseDelta.pack(d), {"key": 0.5 + j, "activation": 1.25}, (f"e{j}",), {"seed": j}, {"wide": 0.25})
             for j, d in enumerate(deltas)
         ),
-        keys=KeyStore(space, vectors, torch.tensor([0, 1, 1]), torch.tensor([0.25, 0.5]).half()),
+        keys=KeyStore.of(space, vectors, torch.tensor([0, 1, 1]), torch.tensor([0.25, 0.5])),
         edits=(EditEntry("e0", 0, True, "Où?", "là", {"loss": 0.1}), EditEntry("e1", 1, False)),
         router="activation",
         chat=True,
@@ -90,10 +90,12 @@ def assert_same(a: SideMemory, b: SideMemory) -> None:
         assert x.delta.values.dtype == y.delta.values.dtype
     for x, y in (
         (a.keys.keys, b.keys.keys),
+        (a.keys.step, b.keys.step),
         (a.keys.owner, b.keys.owner),
         (a.keys.crowding, b.keys.crowding),
         (a.keys.space.mean, b.keys.space.mean),
         (a.keys.space.projection, b.keys.space.projection),
+        (a.keys.space.scale, b.keys.space.scale),
     ):
         assert torch.equal(x, y)
         assert x.dtype == y.dtype
@@ -277,7 +279,7 @@ def test_texts_can_be_left_out(tmp_path: Path) -> None:
 
 def test_unknown_manifest_keys_of_a_newer_minor_version_are_kept(tmp_path: Path) -> None:
     path = saved(tmp_path / "sm.safetensors")
-    rewrite(path, lambda m, t: m.update(format_version="3.7", novelty={"x": [1, {"y": 2}]}))
+    rewrite(path, lambda m, t: m.update(format_version="4.7", novelty={"x": [1, {"y": 2}]}))
     back = SideMemory.load(path)
     assert back.extra == {"novelty": {"x": [1, {"y": 2}]}}
     back.save(tmp_path / "again")
@@ -308,7 +310,7 @@ def test_unknown_tensors_are_tolerated(tmp_path: Path) -> None:
     assert_same(SideMemory.load(path), example())
 
 
-@pytest.mark.parametrize("version", ["4.0", "4", "10.3", "2.9"])
+@pytest.mark.parametrize("version", ["5.0", "5", "10.3", "3.9"])
 def test_another_major_version_is_refused(tmp_path: Path, version: str) -> None:
     path = saved(tmp_path / "sm.safetensors")
     rewrite(path, lambda m, t: m.update(format_version=version))
@@ -547,10 +549,25 @@ def test_groups_of_one_prompt_are_no_wordings() -> None:
     assert torch.equal(KeySpace.fit(h, torch.arange(30), 8).projection, alone.projection)
 
 
+@given(st.integers(0, 6), st.integers(1, 9), st.floats(1e-30, 1e30), seeds)
+@quick
+def test_keys_in_8_bits_are_off_by_half_a_step_at_most(n: int, r: int, size: float, seed: int) -> None:
+    x = torch.randn(n, r, generator=torch.Generator().manual_seed(seed)) * size
+    if n:
+        x[0] = 0.0
+    whole, step = to_int8(x, 1)
+    assert (whole.dtype, whole.shape, step.shape) == (torch.int8, x.shape, (n,))
+    assert ((whole.float() * step[:, None] - x).abs() <= 0.501 * step[:, None]).all()
+    assert not whole[:1].any()
+    across, steps = to_int8(x.T, 0)
+    assert torch.equal(across.T, whole)
+    assert torch.equal(steps, step)
+
+
 def test_a_key_is_nearest_to_itself() -> None:
     h = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
     space = KeySpace.fit(h, torch.full((30,), -1), 12)
-    store = KeyStore(space, space(h).half(), torch.arange(30) // 2, torch.zeros(15).half())
+    store = KeyStore.of(space, space(h), torch.arange(30) // 2, torch.zeros(15))
     found, edit = store.nearest(h)
     assert torch.equal(edit, torch.arange(30) // 2)
     torch.testing.assert_close(found, torch.ones(30), atol=1e-2, rtol=0)
@@ -560,7 +577,7 @@ def test_a_crowded_edit_claims_less() -> None:
     h = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
     space = KeySpace.fit(h, torch.full((30,), -1), 12)
     vectors = space(h).half()
-    store = KeyStore(space, vectors[:2], torch.arange(2), torch.tensor([0.0, 0.8]).half())
+    store = KeyStore.of(space, vectors[:2], torch.arange(2), torch.tensor([0.0, 0.8]))
     plain = alike(space(h), vectors[:2].float())
     torch.testing.assert_close(store.scores(h), plain - torch.tensor([0.0, 0.4]), atol=1e-2, rtol=0)
 

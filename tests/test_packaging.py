@@ -126,7 +126,7 @@ def test_no_base_weights_are_inside(base: Base, side_memory: SideMemory, tmp_pat
     assert sorted(contents(tmp_path / "package")) == FILES
     with safe_open(tmp_path / "package" / "side_memory.safetensors", "pt") as f:
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    keys = {f"keys.{name}" for name in ("mean", "projection", "scale", "vectors", "owner", "crowding")}
+    keys = {f"keys.{name}" for name in ("mean", "projection", "scale", "vectors", "step", "owner", "crowding")}
     assert set(tensors) == keys | {"memory.0.mask", "memory.0.values"}
     weights = list(base.model.state_dict().values())
     assert not any(t.shape == w.shape and torch.equal(t.to(w.dtype), w) for t in tensors.values() for w in weights)

@@ -79,7 +79,6 @@ def _figures(sm: SideMemory, items: Sequence[Item], seconds_per_edit: float, mer
     inside, near = _routes(items, (REPHRASE,)), _routes(items, NEAR)
     (memory,) = sm.memories
     epsilon = memory.epsilon["key"]
-    keys = (sm.keys.keys, sm.keys.owner, sm.keys.crowding)
     return Learned(
         edits=len(sm.edits),
         took=sum(e.took for e in sm.edits),
@@ -95,7 +94,7 @@ def _figures(sm: SideMemory, items: Sequence[Item], seconds_per_edit: float, mer
         seconds_per_edit=round(seconds_per_edit, 3),
         merge_seconds=round(merge_seconds, 3),
         bytes=_size(sm),
-        bytes_per_edit=sum(t.numel() * t.element_size() for t in keys) // len(sm.edits),
+        bytes_per_edit=sm.keys.nbytes // len(sm.edits),
     )
 
 

@@ -63,7 +63,7 @@ class EditConfig:
     block: int = 10
     max_steps: int = 70
     lr: float | None = None
-    rows: int = 20
+    rows: int = 10
     tokens: int = 2048
     dropout: float = 0.5
     rewording: float = 0.5

@@ -53,6 +53,7 @@ from wisecli.models.site import EditSite
 from wisecli.models.upper import UpperModel
 from wisecli.versions import versions
 
+_CONTEXTS = 1  # rows behind a context with which an edit is rehearsed again; while editing it was with all
 _EVERY = 7  # one ordinary prompt in so many is asked for the statistics beside the activation router's threshold
 
 
@@ -216,7 +217,7 @@ def _settle(
     if upper is None or not job.run["texts"]:
         return SparseDelta.pack(merged, dtype=how.values), entries, steps
     rehearse = how.rehearse and disturbed and config.schedule == "rehearsal"
-    captured = _capture(upper, config, entries, config.contexts if rehearse else 0)
+    captured = _capture(upper, config, entries, min(config.contexts, _CONTEXTS) if rehearse else 0)
     if captured and rehearse:
         learner = Rehearsal(upper, merged != 0, config, config.seed, start=merged)
         took = {e.id: e.took for e in entries}
@@ -282,7 +283,7 @@ def _known(method: str) -> str:
 
 
 def _capture(upper: UpperModel, config: EditConfig, entries: Sequence[EditEntry], contexts: int) -> list[CapturedEdit]:
-    """All edits in force, with so many of the rows behind a context as while editing."""
+    """All edits in force, with so many of the rows behind a context."""
     live = [e for e in entries if e.details["outcome"] not in (SUPERSEDED, WITHDRAWN)]
     records = [EditRecord(e.id, str(e.prompt), str(e.target), history=e.history or ()) for e in live]
     return capture_edits(upper, records, contexts, config.seed)
@@ -318,7 +319,8 @@ def _calibrate_keys(gate: Gate, shards: Sequence[Shard], keys: KeyStore, scope: 
     hard = torch.cat([s.negatives for s in shards]).float()
     crowded = keys.crowding.float()[keys.owner]
     alone = gate.ordinary(about_edits_of(shards), alone=True)  # what facts of a kind may do is the trial's to say
-    ordinary, negatives = (_best(v, keys.keys.float(), crowded) for v in (alone, hard))
+    vectors = keys.vectors
+    ordinary, negatives = (_best(v, vectors, crowded) for v in (alone, hard))
     edits = len(keys.owner.unique())
     return key_calibration(gate.trial, edits, ordinary, negatives, _own_scores(keys), scope)
 
@@ -330,9 +332,9 @@ def _best(vectors: Tensor, keys: Tensor, crowded: Tensor) -> Tensor:
 
 def _own_scores(keys: KeyStore) -> Tensor:
     """For each edit with several forms, the lowest score of one of them for its bare prompt's key."""
-    scores = []
+    scores, vectors = [], keys.vectors
     for edit in keys.owner.unique().tolist():
-        own = keys.keys[keys.owner == edit].float()
+        own = vectors[keys.owner == edit]
         if len(own) > 1:
             scores.append(score(own[1:], own[:1], keys.crowding[edit].float()).min())
     return torch.stack(scores) if scores else torch.zeros(0)

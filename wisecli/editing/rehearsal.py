@@ -34,6 +34,7 @@ DEFAULT_LR = 0.035
 MOMENTUM = 0.9
 _ROUND = 6  # least number of steps between two sweeps
 _SWEPT = 0.3  # steps between two sweeps at least, per step's worth of rows swept: else sweeps outweigh steps
+_NEAR = 0.25  # of the largest loss that holds, from which a row may fall off in a few steps
 _SHORT = 8  # tokens of a target up to which the loss is a plain mean over all tokens of a step
 _HARDER = 2  # times as many steps as the usual edit needs after which one counts as harder than the others
 _LATE = 30  # edits at least whose steps those set aside are given in the end
@@ -296,14 +297,14 @@ class Rehearsal:
         cap = math.ceil(self.config.max_steps * max(edits, 10) / 10)
         spent, best, best_at = 0, len(self.rows) + 1, 0
         while spent < cap:
-            self._sweep()
+            self._sweep_near()
             pending = self._pending()
             if len(pending) < best:
                 best, best_at = len(pending), spent
             if not len(pending) or spent - best_at >= self.config.max_steps:
                 return
-            due = math.ceil(2 * len(pending) / self.config.rows)
-            for _ in range(max(_ROUND, due, math.ceil(_SWEPT * len(self.rows) / self.config.rows))):
+            due = math.ceil(max(2 * len(pending), _SWEPT * len(self._near())) / self.config.rows)
+            for _ in range(max(_ROUND, due)):
                 self._step(self._within_budget(self._choose(pending, self.config.rows // 2, len(self.rows))))
                 spent += 1
                 pending = self._pending()
@@ -376,16 +377,33 @@ class Rehearsal:
         keep = torch.rand(rows.a.shape, generator=self.noise, device=rows.a.device) >= p
         return replace(rows, a=rows.a * keep / (1 - p))
 
-    @torch.no_grad()
+    def _sweep_near(self) -> None:
+        """See how the rows fare that may not hold any more, and how all do where those hold."""
+        if not self.seen:
+            self._look(self._near())
+        if not len(self._pending()):
+            self._sweep()
+
+    def _near(self) -> list[int]:
+        """Rows that did not hold when last seen, or hardly."""
+        found: list[int] = (~(self.worst <= _NEAR * self.limit)).nonzero()[:, 0].tolist()
+        return found
+
     def _sweep(self) -> None:
         """See how all rows fare under the delta as it is; nothing to do where no step was taken since the last time."""
-        if self.seen:
-            return
-        for picked in batches([len(r.ids) for r in self.rows]):
+        if not self.seen:
+            self._look(range(len(self.rows)))
+
+    @torch.no_grad()
+    def _look(self, some: Sequence[int]) -> None:
+        """See how some rows fare under the delta as it is."""
+        self.seen = len(some) == len(self.rows)
+        order = sorted(some, key=lambda i: len(self.rows[i].ids))
+        for batch in batches([len(self.rows[i].ids) for i in order]):
+            picked = [order[k] for k in batch]
             rows = StackedRows.of([self.rows[i] for i in picked])
             logits = self.upper.logits(rows, self.delta)
             self._note(picked, rows, F.cross_entropy(logits.float(), rows.targets, reduction="none"), logits)
-        self.seen = True
 
     def _note(self, picked: list[int], rows: StackedRows, losses: Tensor, logits: Tensor) -> None:
         """Keep, per row, its largest token loss and whether all its tokens are right."""

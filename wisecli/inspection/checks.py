@@ -108,9 +108,10 @@ def _tensors(sm: SideMemory) -> Iterator[str]:
     n, rank, floating = len(keys.owner), space.projection.shape[-1], torch.float16
     wanted: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
         ("keys.mean", space.mean, (site.d_out,), floating),
-        ("keys.projection", space.projection, (site.d_out, rank), floating),
-        ("keys.scale", space.scale, (1,), torch.float32),
-        ("keys.vectors", keys.keys, (n, rank), floating),
+        ("keys.projection", space.projection, (site.d_out, rank), torch.int8),
+        ("keys.scale", space.scale, (rank,), torch.float32),
+        ("keys.vectors", keys.keys, (n, rank), torch.int8),
+        ("keys.step", keys.step, (n,), torch.float32),
         ("keys.owner", keys.owner, (n,), torch.int64),
         ("keys.crowding", keys.crowding, (len(sm.edits),), floating),
     ]
@@ -139,8 +140,8 @@ def _masks(sm: SideMemory) -> Iterator[str]:
 
 def _values(sm: SideMemory) -> Iterator[str]:
     space, keys = sm.keys.space, sm.keys
-    named = [("keys.mean", space.mean), ("keys.projection", space.projection), ("keys.scale", space.scale)]
-    named += [("keys.vectors", keys.keys), ("keys.crowding", keys.crowding)]
+    named = [("keys.mean", space.mean), ("keys.scale", space.scale)]
+    named += [("keys.step", keys.step), ("keys.crowding", keys.crowding)]
     named += [(f"memory.{i}.values", m.delta.values) for i, m in enumerate(sm.memories)]
     for name, t in named:
         wrong = int((~t.isfinite()).sum())

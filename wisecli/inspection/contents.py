@@ -176,7 +176,6 @@ def describe_side_memory(source: MergedSource) -> Contents:
     sm = source.side_memory
     tensors, written = load_tensors(source.file)
     keys = sm.keys
-    key_size = sum(t.numel() * t.element_size() for t in (keys.keys, keys.owner, keys.crowding))
     try:
         memories = tuple(
             MemoryFacts(DeltaFacts.of(m.delta), dict(m.epsilon), dict(m.scopes), len(m.edits), dict(m.origin))
@@ -194,7 +193,7 @@ def describe_side_memory(source: MergedSource) -> Contents:
         digest=sm.digest,
         outcomes=counts(ledger_of(source)),
         memories=memories,
-        keys=KeyFacts(len(keys.owner), keys.space.rank, len(keys.owner.unique()), key_size),
+        keys=KeyFacts(len(keys.owner), keys.space.rank, len(keys.owner.unique()), keys.nbytes),
         spreads=spreads,
         scopes=scopes,
         parts=tuple(Part.of(name, t) for name, t in sorted(tensors.items())),

@@ -1,7 +1,7 @@
 """One edit: its ledger entry, its keys, what is near it, and whether the gate opens for it. No base is loaded.
 
 What is said of the gate is said at the edit's stored key, where its bare prompt lies among the keys, so that it needs
-no forward pass; stored keys are rounded to fp16.
+no forward pass; stored keys are rounded to 8 bits.
 
 Shapes: `n` keys, `r` directions of the key space, `E` edits.
 """
@@ -102,7 +102,7 @@ def view_edit(source: Source, edit: str, top: int = _NEAREST) -> EditView:
         opening = Opening(None, _keyless(source, line))
     else:
         best = _best_of_each(keys, mine, len(ids))
-        own = keys.keys[mine].float()
+        own = keys.vectors[mine]
         scores = score(own[1:], own[:1], keys.crowding[at : at + 1].float())[:, 0] if len(own) > 1 else own.new_zeros(0)
         view = {
             "crowding": _rounded(keys.crowding[at]),
@@ -131,8 +131,8 @@ def _keys_of(source: Source) -> tuple[list[str], KeyStore | None]:
 
 def _best_of_each(keys: KeyStore, mine: Tensor, edits: int) -> Tensor:
     """The score [E] of an edit's bare key for every edit; -inf for those without keys."""
-    bare = keys.keys[mine][:1].float()
-    scores = score(bare, keys.keys.float(), keys.crowding.float()[keys.owner])[0]
+    vectors = keys.vectors
+    scores = score(vectors[mine][:1], vectors, keys.crowding.float()[keys.owner])[0]
     return torch.full((edits,), -torch.inf).scatter_reduce_(0, keys.owner, scores, "amax")
 
 

@@ -37,7 +37,7 @@ WIDEST = 1024  # principal directions at most in which the discriminant is sough
 
 @dataclass(frozen=True)
 class KeySpace:
-    """mu [D] and the projection P [D, r], both fp16 as stored; used in fp32. The scale c is a tensor of one number."""
+    """mu [D] in fp16; the projection P [D, r] in int8 with a scale for each direction [r], which holds c too."""
 
     mean: Tensor
     projection: Tensor
@@ -70,9 +70,9 @@ class KeySpace:
         projection = axes @ white @ order.flip(1)[:, :rank]
         # The sign of an eigenvector is arbitrary: fix it, so that the same activations give the same bytes.
         projection = projection * torch.sign(projection.gather(0, projection.abs().argmax(0, keepdim=True)))
-        projection = (projection / projection.abs().max()).half().contiguous()
-        size = (h.float() @ projection.float()).square().sum(1).mean().clamp(min=1e-12)
-        return cls(mean.half(), projection, size.rsqrt()[None])
+        projection, step = to_int8((projection / projection.abs().max()).float(), 0)
+        size = (h.float() @ projection.float() * step).square().sum(1).mean().clamp(min=1e-12)
+        return cls(mean.half(), projection, step * size.rsqrt())
 
     def __call__(self, h: Tensor) -> Tensor:
         """Vectors [.., r] for entries [.., D]."""
@@ -109,19 +109,35 @@ def _within(h: Tensor, group: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KeyStore:
-    """All keys of a side memory: vectors [n, r] and the edit each belongs to [n]; crowding [E] of each edit.
+    """All keys of a side memory and the edit each belongs to [n]; crowding [E] (fp16) of each edit.
 
-    Vectors and crowding are fp16 as stored; where prompts are looked up they are kept in fp32 beside them.
+    A key is stored as whole numbers [r] (int8) and their step; where prompts are looked up, `vectors` are kept beside.
     """
 
     space: KeySpace
     keys: Tensor
+    step: Tensor
     owner: Tensor
     crowding: Tensor
 
+    @classmethod
+    def of(cls, space: KeySpace, vectors: Tensor, owner: Tensor, crowding: Tensor) -> KeyStore:
+        """The store of keys given as vectors [n, r]."""
+        return cls(space, *to_int8(vectors.float(), 1), owner, crowding.half())
+
+    @property
+    def vectors(self) -> Tensor:
+        """The keys [n, r] in fp32."""
+        return self.keys.float() * self.step[:, None]
+
+    @property
+    def nbytes(self) -> int:
+        """What the edits' keys take; the space, which is the same for one edit and for many, apart."""
+        return sum(t.nbytes for t in (self.keys, self.step, self.owner, self.crowding))
+
     def scores(self, h: Tensor) -> Tensor:
         """s_k for every key [.., n], for entries [.., D]."""
-        return score(self.space(h), self.keys.to(h.device).float(), self._off.to(h.device))
+        return score(self.space(h), self.vectors.to(h.device), self._off.to(h.device))
 
     @torch.no_grad()
     def nearest(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +145,7 @@ class KeyStore:
         if h.device not in self._placed:
             with torch.inference_mode(False):
                 owner = self.owner.to(h.device)
-                self._placed[h.device] = Index(self.keys.to(h.device).float(), self._off.to(h.device)), owner
+                self._placed[h.device] = Index(self.vectors.to(h.device), self._off.to(h.device)), owner
         index, owner = self._placed[h.device]
         best, at = index.nearest(self.space(h))
         return best, owner[at]
@@ -142,6 +158,12 @@ class KeyStore:
     @property
     def _off(self) -> Tensor:
         return self.crowding.float()[self.owner]
+
+
+def to_int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers (int8) and their step, with one step along `dim`: x is about one times the other."""
+    step = (x.abs().amax(dim, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
+    return (x / step).round().to(torch.int8), step.squeeze(dim)
 
 
 def crowding(keys: Tensor, ordinary: Tensor) -> Tensor:

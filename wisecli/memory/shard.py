@@ -45,7 +45,7 @@ from wisecli.models.site import EditSite
 
 TOOK, FAILED, SUPERSEDED, WITHDRAWN = "took", "failed", "superseded", "withdrawn"
 SHARD_FORMAT, GATE_FORMAT, RUN_FORMAT = "wise-shard", "wise-gate", "wise-run"
-FORMAT_VERSION = "3.0"
+FORMAT_VERSION = "4.0"
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,12 @@ def keys_in_force(gate: Gate, shards: Sequence[Shard], outcomes: Sequence[str]) 
     vectors, owner = torch.cat([s.keys for s in shards]), torch.cat(owners)
     kept = torch.tensor([o != SUPERSEDED for o in outcomes], dtype=torch.bool)[owner]
     vectors, owner = vectors[kept], owner[kept]
-    crowded = torch.zeros(seen)
+    store = KeyStore.of(gate.space, vectors, owner, torch.zeros(seen))
     if len(owner):
         first = torch.cat([torch.zeros(1, dtype=torch.long), (owner[1:] != owner[:-1]).nonzero()[:, 0] + 1])
-        crowded[owner[first]] = crowding(vectors[first].float(), gate.ordinary(about_edits_of(shards)))
-    return KeyStore(gate.space, vectors, owner, crowded.half())
+        crowded = crowding(store.vectors[first], gate.ordinary(about_edits_of(shards)))
+        store.crowding[owner[first]] = crowded.half()
+    return store
 
 
 def about_edits_of(shards: Sequence[Shard]) -> set[int]:

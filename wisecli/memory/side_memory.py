@@ -26,7 +26,7 @@ from wisecli.models.prompts import ContentRule
 from wisecli.models.site import EditSite
 
 FORMAT = "wise-side-memory"
-FORMAT_VERSION = "3.0"
+FORMAT_VERSION = "4.0"
 MAIN_MEMORY = -1  # the memory of an edit that was withdrawn
 
 
@@ -119,6 +119,7 @@ class SideMemory:
             "keys.projection": self.keys.space.projection,
             "keys.scale": self.keys.space.scale,
             "keys.vectors": self.keys.keys,
+            "keys.step": self.keys.step,
             "keys.owner": self.keys.owner,
             "keys.crowding": self.keys.crowding,
         }
@@ -199,7 +200,7 @@ class SideMemory:
             site=site,
             rule=ContentRule.from_json(manifest["content_rule"]),
             memories=memories,
-            keys=KeyStore(space, *(tensors[f"keys.{name}"] for name in ("vectors", "owner", "crowding"))),
+            keys=KeyStore(space, *(tensors[f"keys.{name}"] for name in ("vectors", "step", "owner", "crowding"))),
             edits=tuple(EditEntry.from_json(e) for e in manifest["edits"]),
             router=manifest.get("router", "key"),
             chat=manifest.get("chat", False),
