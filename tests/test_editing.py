@@ -84,6 +84,26 @@ def test_rehearsal_holds_every_edit_of_a_shard(upper: UpperModel) -> None:
     assert all(o.steps > 0 for o in outcomes)
 
 
+def test_rows_that_fell_off_unseen_are_found_before_learning_ends(upper: UpperModel) -> None:
+    """Rows that held well when last seen are looked at last, but all are looked at."""
+    config = EditConfig(contexts=1, block=3, max_steps=150, lr=0.2, mask_density=1.0)
+    learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
+    edits = capture_edits(upper, records(3), 1, 0)
+    learner.arrive(edits)
+    with torch.no_grad():
+        learner.delta.zero_()
+    learner.worst.fill_(0.0)
+    learner.right.fill_(True)
+    learner.seen = False
+    outcomes = finish(learner.learn(edits))
+    assert learner.seen
+    assert all(o.took for o in outcomes)
+    again = Rehearsal(upper, learner.mask, config, 0, start=learner.result())
+    again._admit(edits)
+    again._sweep()
+    torch.testing.assert_close(again.worst, learner.worst)
+
+
 def test_an_edit_that_is_not_learned_is_reported_as_such(upper: UpperModel) -> None:
     learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), EditConfig(max_steps=1, lr=1e-9), 0)
     outcomes = finish(learner.learn(capture_edits(upper, records(2), 0, 0)))
