@@ -76,8 +76,17 @@ class KeySpace:
 
     def __call__(self, h: Tensor) -> Tensor:
         """Vectors [.., r] for entries [.., D]."""
-        mean, projection, scale = (t.to(h.device).float() for t in (self.mean, self.projection, self.scale))
-        return (h.float() - mean) @ projection * scale
+        if h.device not in self._placed:
+            with torch.inference_mode(False):
+                mean, whole, scale = (t.to(h.device).float() for t in (self.mean, self.projection, self.scale))
+                self._placed[h.device] = mean, whole * scale
+        mean, projection = self._placed[h.device]
+        return (h.float() - mean) @ projection
+
+    @cached_property
+    def _placed(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        """mu and c P in fp32 by device."""
+        return {}
 
     @property
     def rank(self) -> int:
