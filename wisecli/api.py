@@ -41,6 +41,7 @@ from wisecli.models.checkpoint import check_rows
 from wisecli.routing.engine import carries_side_memory
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from wisecli.evaluation.asking import Progress as Asked
@@ -206,7 +207,7 @@ def fold(
     out: str | PathLike[str],
     *,
     memory: int | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     force: bool = False,
     allow_other_base: bool = False,
 ) -> Folded:
@@ -217,7 +218,7 @@ def fold(
         side_memory: one in memory, a file, a packaged folder or a hub id.
         out: the folder.
         memory: which one, of a side memory that holds several.
-        dtype: of all weights written: float32, bfloat16, float16, or auto for the model's own.
+        dtype: of all weights written: float32, bfloat16 or float16, by name or as torch's; or auto for the model's own.
         force: replace a folder that holds another fold.
         allow_other_base: fold although the edited matrix is not the one the side memory was learned on.
 

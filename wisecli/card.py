@@ -16,7 +16,7 @@ from typing import Any
 
 from wisecli.evaluation.recall import Measured
 from wisecli.memory.side_memory import EditEntry, SideMemory
-from wisecli.models.base import DEMO_BASE
+from wisecli.models.base import DEMO_BASE, dtype_name
 
 TAGS = ["knowledge-editing", "wise", "side-memory"]
 FOLD_TAGS = ["knowledge-editing", "wise"]
@@ -224,7 +224,7 @@ def _contents(sm: SideMemory, ledger: bool) -> str:
     rows += [("... withdrawn", str(outcomes.count("withdrawn")))] if "withdrawn" in outcomes else []
     for i, m in enumerate(sm.memories):
         name = "Delta" if len(sm.memories) == 1 else f"Delta {i}"
-        dtype = str(m.delta.values.dtype).removeprefix("torch.")
+        dtype = dtype_name(m.delta.values.dtype)
         rows.append((name, f"{m.delta.values.numel()} values, density {m.delta.density:.3f}, {dtype}"))
     rows.append(("Edit keys", f"{len(sm.keys.owner)} of {sm.keys.space.rank} numbers"))
     ledger_line = "`ledger.jsonl` lists every edit." if ledger else "The ledger was left out."

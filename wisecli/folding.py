@@ -34,7 +34,7 @@ from wisecli.memory.bits import BLOCK, SparseDelta
 from wisecli.memory.files import ensure_writable, read_json, write_bytes, write_json
 from wisecli.memory.shard import WITHDRAWN
 from wisecli.memory.side_memory import SideMemory
-from wisecli.models.base import Base, quiet_transformers
+from wisecli.models.base import DTYPES, Base, dtype_name, quiet_transformers
 from wisecli.models.site import EditSite
 from wisecli.routing.attach import fitting_side_memory
 from wisecli.versions import versions
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SCHEMA, SCHEMA_VERSION, MANIFEST, CARD = "wise-fold", "1.0", "wise_fold.json", "README.md"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_LOST = 0.05  # relative error of the delta beyond which a fold is warned of
 RANK = 64  # of a large LoRA
 
@@ -108,7 +107,7 @@ def fold_side_memory(
     out: Path,
     *,
     memory: int | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     force: bool = False,
     allow_other_base: bool = False,
 ) -> Folded:
@@ -119,7 +118,7 @@ def fold_side_memory(
         side_memory: one in memory, or what `attach` takes.
         out: the folder, made when absent.
         memory: index of the memory; None where there is one alone.
-        dtype: of all weights written: float32, bfloat16, float16, or auto for the model's own.
+        dtype: of all weights written: float32, bfloat16 or float16, by name or as torch's; or auto for the model's own.
         force: replace an earlier fold.
         allow_other_base: fold although the edited matrix is not the one the side memory was learned on.
 
@@ -129,7 +128,7 @@ def fold_side_memory(
         OutputError: the folder holds something else, or a fold and `force` is not set, or cannot be written.
         UsageError: see `check_fold`; or the dtype is none.
     """
-    name = _dtype_name(base, dtype)
+    name = _written_in(base, dtype)
     _refuse_quantised(base)
     sm = fitting_side_memory(base.model, side_memory, None, None, allow_other_base)
     index = check_fold(sm, out, memory, force)
@@ -206,8 +205,8 @@ def share_of_rank(delta: Tensor, rank: int = RANK) -> float:
 # -- the weights ------------------------------------------------------------------------------------------------------
 
 
-def _dtype_name(base: Base, dtype: str) -> str:
-    name = str(base.model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+def _written_in(base: Base, dtype: str | torch.dtype) -> str:
+    name = dtype_name(base.model.dtype if dtype == "auto" else dtype)
     if name not in DTYPES:
         raise UsageError(f"A fold cannot be written in {name}.", hint=f"Use auto, {', '.join(DTYPES)}.")
     return name

@@ -21,7 +21,7 @@ from wisecli.editing.config import EditConfig
 from wisecli.errors import ModelError
 from wisecli.evaluation.asking import Progress, Steps
 from wisecli.evaluation.environment import describe_base, environment, peak_memory
-from wisecli.models.base import Base
+from wisecli.models.base import Base, dtype_name
 from wisecli.models.prompts import PromptEncoder
 from wisecli.models.site import decoder_layers, find_site
 
@@ -119,8 +119,8 @@ class _Examination:
 
     def _gate(self, candidate: Candidate, h: Tensor) -> Candidate:
         if not h.isfinite().all():
-            dtype = str(h.dtype).removeprefix("torch.")
-            return replace(candidate, reason=f"what enters layer {candidate.layer} is not finite in {dtype}")
+            where = f"layer {candidate.layer} is not finite in {dtype_name(h.dtype)}"
+            return replace(candidate, reason=f"what enters {where}")
         try:
             return replace(candidate, **gate_figures(h, self.pool, EditConfig().rank))  # type: ignore[arg-type]
         except Exception as e:

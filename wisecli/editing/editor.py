@@ -34,7 +34,7 @@ from wisecli.memory.bits import SparseDelta, draw_mask
 from wisecli.memory.keys import crowding
 from wisecli.memory.lookup import alike
 from wisecli.memory.shard import FAILED, FORMAT_VERSION, RUN_FORMAT, SUPERSEDED, TOOK, Gate, Shard
-from wisecli.models.base import Base, context_of, fingerprint, matrix_of
+from wisecli.models.base import Base, context_of, dtype_name, fingerprint, matrix_of
 from wisecli.models.prompts import PromptEncoder
 from wisecli.models.site import find_site
 from wisecli.models.upper import UpperModel
@@ -200,7 +200,7 @@ class Editor:
                 "name": self.base.name,
                 "revision": self.base.revision,
                 "model_type": model.config.model_type,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": dtype_name(model.dtype),
                 "fingerprint": self._fingerprint,
                 **({"quantization": self.base.quantization} if self.base.quantization else {}),
             },

@@ -13,7 +13,7 @@ import torch
 
 from wisecli.evaluation.asking import ORACLE
 from wisecli.memory.side_memory import SideMemory
-from wisecli.models.base import Base
+from wisecli.models.base import Base, dtype_name
 from wisecli.versions import versions
 
 
@@ -26,7 +26,7 @@ def describe_base(base: Base, digest: bool = True) -> dict[str, Any]:
         "label": base.label,
         "model_type": model.config.model_type,
         "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "device": model.device.type,
     }
     about |= {"quantization": base.quantization} if base.quantization else {}

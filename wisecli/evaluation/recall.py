@@ -17,7 +17,7 @@ from wisecli.evaluation.answers import BATCH, Answer, answer_cap, generate_answe
 from wisecli.evaluation.metrics import exact_match, mean
 from wisecli.memory.shard import SUPERSEDED, WITHDRAWN
 from wisecli.memory.side_memory import EditEntry, SideMemory
-from wisecli.models.base import Base
+from wisecli.models.base import Base, dtype_name
 from wisecli.models.prompts import PromptEncoder
 from wisecli.routing.attach import Attached, attach
 
@@ -85,7 +85,7 @@ def measure(base: Base, side_memory: SideMemory, progress: Callable[[int, int], 
     asked = [(answers[e.asked], str(e.target)) for e in edits]
     return Measured(
         base=base.label,
-        dtype=str(base.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(base.model.dtype),
         router=router,
         edits=len(edits),
         reliability=mean([exact_match(answer.text, target) for answer, target in asked]),

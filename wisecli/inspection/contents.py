@@ -20,6 +20,7 @@ from wisecli.memory.calibration import quantiles
 from wisecli.memory.files import load_manifest, load_tensors
 from wisecli.memory.shard import Shard
 from wisecli.memory.side_memory import FORMAT
+from wisecli.models.base import dtype_name
 
 QUANTILES = ("minimum", "1 %", "median", "99 %", "maximum")
 
@@ -35,7 +36,7 @@ class Part:
 
     @classmethod
     def of(cls, name: str, t: Tensor) -> Part:
-        return cls(name, dtype_name(t), tuple(t.shape), t.numel() * t.element_size())
+        return cls(name, dtype_name(t.dtype), tuple(t.shape), t.numel() * t.element_size())
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class DeltaFacts:
     def of(cls, delta: SparseDelta) -> DeltaFacts:
         size = sum(t.numel() * t.element_size() for t in (delta.bits, delta.values))
         norm = float(delta.values.double().norm())
-        return cls(delta.density, delta.values.numel(), dtype_name(delta.values), size, norm)
+        return cls(delta.density, delta.values.numel(), dtype_name(delta.values.dtype), size, norm)
 
 
 @dataclass(frozen=True)
@@ -224,10 +225,6 @@ def describe_run(source: RunSource) -> RunContents:
         spreads=spreads,
         files={p.name: p.stat().st_size for p in sorted(run.path.iterdir()) if p.is_file() and p.name[0] != "."},
     )
-
-
-def dtype_name(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
 
 
 def _shard(source: RunSource, index: int) -> ShardFacts:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 DEMO_BASE = "wise-demo"
 UNNAMED = "unnamed"
 _DEMO_PATH = Path(__file__).resolve().parent.parent / "base"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = "stored"
 _PROVENANCE = ("architectures", "dtype", "transformers_version")  # the tensors tell their dtype
 _NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"  # read by transformers, which else asks a service on the hub
@@ -132,22 +132,27 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def check_dtype(dtype: str) -> None:
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """A dtype's name as options, configs and files spell it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_dtype(dtype: str | torch.dtype) -> None:
     """Refuse what is no dtype of a base.
 
     Raises:
         UsageError: it is none.
     """
-    if dtype not in ("auto", STORED) and dtype not in _DTYPES:
-        raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Use auto, {', '.join(_DTYPES)}.")
+    if dtype_name(dtype) not in ("auto", STORED, *DTYPES):
+        raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Use auto, {', '.join(DTYPES)}.")
 
 
-def _wanted(dtype: str, where: torch.device) -> Any:
+def _wanted(dtype: str | torch.dtype, where: torch.device) -> Any:
     as_stored = dtype == STORED or where.type != "cpu"
-    return _DTYPES.get(dtype, "auto" if as_stored else torch.float32)
+    return DTYPES.get(dtype_name(dtype), "auto" if as_stored else torch.float32)
 
 
-def loaded_dtype(outline: Base, dtype: str, where: torch.device) -> torch.dtype:
+def loaded_dtype(outline: Base, dtype: str | torch.dtype, where: torch.device) -> torch.dtype:
     """The dtype in which a base will be loaded to a device, by `load_base`."""
     wanted = _wanted(dtype, where)
     own = getattr(outline.model.config, "dtype", None)
@@ -158,7 +163,7 @@ def load_base(
     name: str | None = None,
     *,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
     device_map: str | Mapping[str, Any] | None = None,
@@ -171,8 +176,8 @@ def load_base(
     Args:
         name: a folder, a hub id, or None for the demonstration base.
         revision: hub branch, tag or commit.
-        dtype: float32, bfloat16, float16, stored, or auto: as stored on an accelerator, float32 on the CPU, where half
-            precision is slow.
+        dtype: float32, bfloat16 or float16, by name or as torch has them; stored; or auto: as stored on an accelerator,
+            float32 on the CPU, where half precision is slow.
         device: torch device name or auto.
         trust_remote_code: run code that comes with the checkpoint.
         device_map: "auto" spreads the base over all devices, in place of `device`; or a place ("cpu", "disk", 0, ...)
@@ -409,7 +414,7 @@ def fingerprint(weight: Tensor) -> dict[str, str]:
     casts back to the same bf16 bytes. Packed bytes are hashed as they are, and recognised only as such.
     """
     dtypes = {weight.dtype, *(_FINGERPRINT_DTYPES if weight.is_floating_point() else ())}
-    return {str(d).removeprefix("torch."): _digest(weight.to(d)) for d in sorted(dtypes, key=str)}
+    return {dtype_name(d): _digest(weight.to(d)) for d in sorted(dtypes, key=str)}
 
 
 def weights_digest(model: Any) -> str | None:
@@ -429,7 +434,7 @@ def matches(weight: Tensor, recorded: Mapping[str, str]) -> bool:
     A bf16 matrix may also agree in fp16 alone: recorded from an fp16 load, its smallest numbers were rounded by then.
     """
     mine = fingerprint(weight)
-    own = str(weight.dtype).removeprefix("torch.")
+    own = dtype_name(weight.dtype)
     if own in recorded and own != "bfloat16":
         return mine[own] == recorded[own]
     return any(mine[k] == recorded[k] for k in mine.keys() & recorded.keys())
