@@ -120,10 +120,12 @@ def _show(sink: Output, report: DoctorReport) -> None:
             ("probe edits", _probes(report)),
         ]
     )
-    columns = ("layer", "matrix", *_GATE, "took", "Rel", "Gen", "Loc near")
     if report.candidates:
-        rows = [_row(c, report.layer) for c in report.candidates]
-        sink.table("Layers: the gate on held-out pool facts, and probe edits where it does best", columns, rows, left=2)
+        title = "Layers: the gate on held-out pool facts, and probe edits where it does best"
+        several = len({c.shape for c in report.candidates}) > 1  # else the edit site says it, where lines are short
+        about = ("layer", "matrix") if several else ("layer",)
+        rows = [_row(c, report.layer, several) for c in report.candidates]
+        sink.table(title, (*about, *_GATE, "took", "Rel", "Gen", "Loc near"), rows, left=len(about))
     if report.chosen is not None and report.chosen.learned is not None:
         which = "the one to edit" if report.verdict.usable else "the best of them"
         sink.line(f"Layer {report.layer}, {which}", style="bold")
@@ -141,14 +143,14 @@ def _probes(report: DoctorReport) -> str:
     return f"{p['edits']} of {p['kinds']} kinds, none of which is among the pool's {p['pool_facts']} facts{named}"
 
 
-def _row(c: Candidate, chosen: int | None) -> tuple[str, ...]:
+def _row(c: Candidate, chosen: int | None, matrix: bool) -> tuple[str, ...]:
     gate = tuple(figure(x) for x in (c.auc, c.routed, c.opened))
     found = c.learned
     learned: tuple[str, ...] = ("-",) * 4
     if found is not None:
         learned = (f"{found.took}/{found.edits}", *(figure(f.value) for f in (found.rel, found.gen, found.loc_near)))
-    matrix = "{} x {}".format(*c.shape) if c.shape else "none"
-    return (f"{c.layer}{'*' if c.layer == chosen else ''}", matrix, *gate, *learned)
+    shape = ("{} x {}".format(*c.shape) if c.shape else "none",) if matrix else ()
+    return (f"{c.layer}{'*' if c.layer == chosen else ''}", *shape, *gate, *learned)
 
 
 def _findings(report: DoctorReport, c: Candidate, found: Learned) -> list[tuple[str, str]]:
