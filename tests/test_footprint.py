@@ -86,3 +86,12 @@ def test_edit_says_it_and_warns_where_there_is_less(
 def test_a_total_is_the_devices_alone() -> None:
     one = Footprint(1, 2, 3, 4, 5)
     assert one.total == replace(one, host=7).total == 15
+
+
+def test_a_container_has_no_more_than_it_was_granted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, limit = torch.device("cpu"), tmp_path / "memory.max"
+    monkeypatch.setattr(footprint, "_LIMITS", (limit,))
+    machine = footprint.room(cpu)
+    for said, room in (("max", machine), ("", machine), (str(machine * 8), machine), (f"{1 << 20}\n", 1 << 20)):
+        limit.write_text(said)
+        assert footprint.room(cpu) == room

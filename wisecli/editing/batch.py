@@ -115,14 +115,14 @@ def capture_edits(
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Positions of rows of these lengths, in batches that fit memory when nothing is differentiated."""
+    """Positions of rows of these lengths, the short first, in batches that fit memory undifferentiated."""
     picked: list[int] = []
     spent = 0
-    for i, length in enumerate(lengths):
-        if picked and (len(picked) == _ROWS or spent + length > _TOKENS):
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if picked and (len(picked) == _ROWS or spent + lengths[i] > _TOKENS):
             yield picked
             picked, spent = [], 0
         picked.append(i)
-        spent += length
+        spent += lengths[i]
     if picked:
         yield picked

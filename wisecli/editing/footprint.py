@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from wisecli.models.site import decoder_layers, likely_site
 
 _LIBRARIES = 68 << 20  # of the process: code and buffers of what runs for the first time after the prediction
 _BATCH = 32  # rows captured at once
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
 _DELTAS = 7  # matrices of the delta's shape: delta, mask, gradient and its sum, momentum, two to go back to
 _GATE, _GATE_KEPT = 6.6, 3.4  # double-precision copies of the pool's entries while the gate is fitted, and left behind
 
@@ -151,15 +153,23 @@ def predict(
 
 
 def room(device: torch.device) -> int:
-    """Bytes there are: free ones of an accelerator, the machine's memory for the CPU; 0 where it is not told."""
+    """Bytes there are: free ones of an accelerator, the machine's or a container's for the CPU; 0 if not told."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return 0
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on Windows
         return 0
+    return min([machine, *(int(said) for said in map(_read, _LIMITS) if said.isdigit())])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def _learning(shape: _Shape, rows: Sequence[Row], config: EditConfig) -> int:

@@ -398,9 +398,8 @@ class Rehearsal:
     def _look(self, some: Sequence[int]) -> None:
         """See how some rows fare under the delta as it is."""
         self.seen = len(some) == len(self.rows)
-        order = sorted(some, key=lambda i: len(self.rows[i].ids))
-        for batch in batches([len(self.rows[i].ids) for i in order]):
-            picked = [order[k] for k in batch]
+        for batch in batches([len(self.rows[i].ids) for i in some]):
+            picked = [some[k] for k in batch]
             rows = StackedRows.of([self.rows[i] for i in picked])
             logits = self.upper.logits(rows, self.delta)
             self._note(picked, rows, F.cross_entropy(logits.float(), rows.targets, reduction="none"), logits)

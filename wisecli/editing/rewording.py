@@ -20,7 +20,7 @@ from wisecli.data.pool import pool_facts
 from wisecli.models.captured import CapturedRow
 from wisecli.models.upper import UpperModel
 
-_FACTS = 200
+_FACTS = 400
 _MEASURED: WeakKeyDictionary[UpperModel, Rewording] = WeakKeyDictionary()
 _REACH = 0.7  # of a displacement; the rest of it belongs to the fact it was taken from
 
