@@ -104,15 +104,15 @@ class Published:
         optimiser = torch.optim.SGD([self.delta], lr=self.config.lr or DEFAULT_LR)
         rows, n = StackedRows.of(edit.rows), sum(len(r.ids) for r in edit.rows)
         a = torch.cat([rows.a, other.a]).float()
+        share = torch.tensor([1 / (c * len(rows.counts)) for c in rows.counts for _ in range(c)], device=a.device)
         before = float("inf")
         for step in range(self.config.max_steps):
             inside, outside = F.linear(a, self.delta).split([n, len(other.ids)])  # one product for both
             side = rows.padded(inside)
             logits = self.upper.logits(rows, self.delta, side)
             losses = F.cross_entropy(logits.float(), rows.targets, reduction="none")
-            per_row = torch.stack([x.mean() for x in losses.split(rows.counts)])
             d_in, d_out = indicator_of(side, rows.content), indicator_of(outside[None], other.content[None])
-            loss = per_row.mean() + self.margins.loss(d_in, d_out)
+            loss = losses @ share + self.margins.loss(d_in, d_out)  # the mean over rows of their means over tokens
             if self.replay is not None:
                 loss = loss + self.replay.loss(self.delta)
             now = float(loss.detach())

@@ -374,8 +374,8 @@ class Rehearsal:
         p = self.config.dropout
         if p == 0:
             return rows
-        keep = torch.rand(rows.a.shape, generator=self.noise, device=rows.a.device) >= p
-        return replace(rows, a=rows.a * keep / (1 - p))
+        keep = torch.rand(rows.a.shape, generator=self.noise, device=rows.a.device).ge_(p)
+        return replace(rows, a=keep.mul_(rows.a).div_(1 - p))
 
     def _sweep_near(self) -> None:
         """See how the rows fare that may not hold any more, and how all do where those hold."""

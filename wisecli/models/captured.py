@@ -64,6 +64,7 @@ class StackedRows:
         targets: the ids predicted there [n].
         beside: what goes past the rows' streams, padded; see `CapturedRow`.
         counts: how many of them each row has.
+        tokens: where the real tokens are, as positions in [B T], row by row [N].
     """
 
     ids: Tensor
@@ -74,7 +75,7 @@ class StackedRows:
     at: Tensor
     targets: Tensor
     counts: tuple[int, ...]
-    lengths: tuple[int, ...]
+    tokens: Tensor
     beside: Any = None
 
     @classmethod
@@ -93,7 +94,9 @@ class StackedRows:
             at=at,
             targets=ids.flatten()[at + 1],
             counts=tuple(len(r.ids) - r.prompt for r in rows),
-            lengths=tuple(len(r.ids) for r in rows),
+            tokens=torch.cat([torch.arange(k * width, k * width + len(r.ids)) for k, r in enumerate(rows)]).to(
+                ids.device
+            ),
             beside=_padded([r.beside for r in rows]),
         )
 
@@ -103,7 +106,8 @@ class StackedRows:
 
     def padded(self, x: Tensor) -> Tensor:
         """What is known of the real tokens of all rows, one after the other [N, D], as a batch [B, T, D]."""
-        return pad_sequence(x.split(self.lengths), batch_first=True)
+        rows, width = self.ids.shape
+        return x.new_zeros(rows * width, x.shape[-1]).index_copy(0, self.tokens, x).view(rows, width, -1)
 
 
 def cut(beside: Any, row: int, n: int) -> Any:

@@ -199,7 +199,7 @@ def likely_site(model: PreTrainedModel, layer: int | str = "auto", module: str |
     if module is None:
         index = layer_index(layer, len(layers))
         width = model.config.get_text_config().hidden_size
-        maps = [(k, m) for k, m in layers[index].named_modules() if _is_linear(m) and _shape(m)[0] == width]
+        maps = [(k, m) for k, m in layers[index].named_modules() if is_linear(m) and _shape(m)[0] == width]
         fits = [k for k, _ in maps if not _NOT_FFN.search(k)]
         if not fits:
             raise ModelError(f"No module of layer {index} looks like an FFN output projection.")
@@ -231,7 +231,7 @@ def layer_index(layer: int | str, n: int) -> int:
     return index % n
 
 
-def _is_linear(m: nn.Module) -> bool:
+def is_linear(m: nn.Module) -> bool:
     w = getattr(m, "weight", None)
     return isinstance(w, Tensor) and w.dim() == 2 and not isinstance(m, nn.Embedding) and not list(m.children())
 
@@ -260,7 +260,7 @@ def _watch(
     for i, layer in enumerate(layers):
         for name, m in layer.named_modules():
             path = f"{names[id(layer)]}.{name}"
-            if (path == module) if module is not None else (_is_linear(m) and _may_be_ffn(model, name)):
+            if (path == module) if module is not None else (is_linear(m) and _may_be_ffn(model, name)):
 
                 def keep(mod: nn.Module, args: Any, out: Any, i: int = i, path: str = path) -> None:
                     runs[names[id(mod)]] += 1
@@ -333,7 +333,7 @@ def _shape(m: Any) -> tuple[int, int]:
 
 def _check(model: PreTrainedModel, layer: int, path: str, a: Tensor, y: Tensor) -> EditSite:
     m: Any = model.get_submodule(path)
-    if not _is_linear(m):
+    if not is_linear(m):
         raise ModelError(
             f"The module {path} ({type(m).__name__}) is no linear map.", hint="Choose another with --module."
         )

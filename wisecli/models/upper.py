@@ -3,8 +3,8 @@
 Everything up to the input `a` of the edited projection is constant while an edit is learned. `UpperModel.capture`
 runs it once per row; `UpperModel.logits` puts `y + a delta^T` in its place and runs the layers above through the
 model's *own* forward, with the layers below turned into pass-throughs. Masks, rotary embeddings, final norm and logit
-scaling therefore stay the model's code. The head, and the last layer's FFN where it is position-wise, run at supervised
-positions only: no other position reaches the loss.
+scaling therefore stay the model's code. The head runs at supervised positions only, and so do the last layer's FFN and
+those of its linear maps whose outputs reach the loss nowhere else: queries, and what attention gives out.
 
 Rows are padded on the right here: in a causal model what follows a token cannot change it, so a row's activations are
 the same in every batch and can be stored without padding.
@@ -15,6 +15,7 @@ Shapes: `B` rows, `T` tokens, `F` FFN width, `D` model width, `n` supervised pos
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from wisecli.errors import ModelError
 from wisecli.models.captured import CapturedRow, StackedRows, cut
 from wisecli.models.prompts import Batch, PromptEncoder, Row, last_content
-from wisecli.models.site import EditSite, as_passed_on, decoder_layers, foreign, residual
+from wisecli.models.site import EditSite, as_passed_on, decoder_layers, foreign, is_linear, residual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,11 +46,11 @@ class UpperModel:
 
     def __init__(self, model: PreTrainedModel, site: EditSite, encoder: PromptEncoder) -> None:
         self.model, self.site, self.encoder = model, site, encoder
-        self.layers = decoder_layers(model)
+        self.layers = list(decoder_layers(model))  # a list is indexed faster, in every step
         self.ffn = site.module(model)
         self.additive = False
         self._rest: tuple[Any, ...] | None = None
-        self._last_ffn = self._ffn_of_last_layer()
+        self._narrow: tuple[nn.Module, ...] = ()  # of the last layer; they run at supervised positions only
         with foreign(model, "running its upper layers on their own"):
             self._probe()
 
@@ -107,8 +108,8 @@ class UpperModel:
                     # Of the rows' own `a`, which may hold dropout or another wording, not of what runs here.
                     stack.enter_context(_hooked(self.ffn, lambda a, y: y + side.to(y.dtype).view_as(y)))
             stack.enter_context(head_at(self.model, rows.at))
-            if self._last_ffn is not None:
-                stack.enter_context(_only_at(self._last_ffn, rows.at, rows.ids.shape))
+            for module in self._narrow:
+                stack.enter_context(_only_at(module, rows.at, rows.ids.shape))
             logits: Tensor = self.model(input_ids=rows.ids, attention_mask=rows.real, use_cache=False).logits
         return logits
 
@@ -206,14 +207,13 @@ class UpperModel:
         ids = tuple((torch.arange(7, 19) * 31 % vocab).tolist())
         rows = [Row(ids[:8], ids[8:]), Row(ids[2:7], ids[7:10])]
         self.additive = self._is_additive(rows)
-        captured = self.capture(rows)
+        stacked = StackedRows.of(self.capture(rows))
         batch = self.encoder.batch(rows, side="right").to(self.model.device)
         placed = self._full(batch, self._positions(batch))
-        if self._last_ffn is not None and not self._replays(captured, placed):
-            self._last_ffn = None
-        if self._last_ffn is not None or self._replays(captured, placed):
+        if self._replays(stacked, placed):
+            self._narrow = self._found_narrow(stacked, placed)
             return
-        if self._replays(captured, self._full(batch, {})):
+        if self._replays(stacked, self._full(batch, {})):
             raise ModelError(
                 f"{type(self.model).__name__} counts positions in generate otherwise than in a plain forward: "
                 f"what is learned would not be what is generated.",
@@ -236,21 +236,70 @@ class UpperModel:
         logits: Tensor = self.model(**batch.inputs, **positions, use_cache=False).logits
         return logits[:, :-1][batch.labels[:, 1:] != -100]
 
-    def _replays(self, captured: Sequence[CapturedRow], full: Tensor) -> bool:
+    def _replays(self, rows: StackedRows, full: Tensor) -> bool:
         """Whether the upper part alone gives the model's own logits [n, V]."""
+        replayed = self.logits(rows, None)
+        return replayed.shape == full.shape and self._close(replayed, full, 1 + full.abs().max())
+
+    def _close(self, x: Tensor, y: Tensor, unit: Tensor) -> bool:
+        return bool((x - y).abs().max() <= _REPLAY_TOLERANCE * (1 if self._exact(y) else 20) * unit)
+
+    def _found_narrow(self, rows: StackedRows, full: Tensor) -> tuple[nn.Module, ...]:
+        """The modules of the last layer that need to run at supervised positions only.
+
+        They are its FFN, and linear maps whose outputs elsewhere have a gradient of exactly zero, as queries have and
+        keys have not; as many of them as leave logits and gradients what they are.
+        """
+        if self.site.layer + 1 >= len(self.layers):
+            return ()
+        ffn = self._ffn_of_last_layer()
+        inside = set(ffn.modules()) if ffn is not None else set()
+        linear = [m for m in self.layers[-1].modules() if is_linear(m) and m not in inside]
         try:
-            replayed = self.logits(StackedRows.of(captured), None)
-        except Exception as e:
-            if self._last_ffn is None or isinstance(e, torch.OutOfMemoryError):
-                raise
-            return False  # an FFN that does not take positions out of their rows
-        tolerance = _REPLAY_TOLERANCE * (1 if self._exact(full) else 20) * (1 + full.abs().max())
-        return replayed.shape == full.shape and bool((replayed - full).abs().max() <= tolerance)
+            _, gradient, watched = self._differentiated(rows, linear)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # such a base cannot be edited, but asked
+            return ()
+        rest = torch.ones(rows.ids.numel(), dtype=torch.bool).index_fill(0, rows.at.cpu(), False)
+        aimed = [m for m, g in watched.items() if _is_zero_at(g, rest)]
+        for some in ((ffn, *aimed), (ffn,), aimed):
+            narrow = tuple(m for m in some if m is not None)
+            if narrow and self._same_with(narrow, rows, full, gradient):
+                return narrow
+        return ()
+
+    def _same_with(self, narrow: tuple[nn.Module, ...], rows: StackedRows, full: Tensor, gradient: Tensor) -> bool:
+        """Whether logits [n, V] and their gradient [B, T, D] stay what they are."""
+        self._narrow = narrow
+        try:
+            logits, found, _ = self._differentiated(rows)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # an FFN that does not take positions out of their rows
+            return False
+        finally:
+            self._narrow = ()
+        alike = logits.shape == full.shape and self._close(logits, full, 1 + full.abs().max())
+        return alike and self._close(found, gradient, gradient.abs().max())
+
+    def _differentiated(
+        self, rows: StackedRows, watched: Sequence[nn.Module] = ()
+    ) -> tuple[Tensor, Tensor, dict[nn.Module, Tensor | None]]:
+        """Logits [n, V], and the gradient of the sum of their squares: by what is added to the projection's output
+        [B, T, D], and by what each watched module gives out that runs once."""
+        outputs: dict[nn.Module, list[Tensor]] = {}
+        with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
+            for m in watched:
+                stack.enter_context(_hooked(m, functools.partial(_keep, outputs.setdefault(m, []))))
+            side = rows.stream.new_zeros(*rows.ids.shape, self.site.d_out).requires_grad_()
+            logits = self.logits(rows, None, side)
+            once = {m: ys[0] for m, ys in outputs.items() if len(ys) == 1}
+            found = torch.autograd.grad(logits.float().square().sum(), [side, *once.values()], allow_unused=True)
+        return logits.detach(), found[0], dict(zip(once, found[1:], strict=True))
 
     def _ffn_of_last_layer(self) -> nn.Module | None:
-        """The last layer's counterpart of the part that holds the edit site; None where there is none above it."""
-        if self.site.layer + 1 >= len(self.layers):
-            return None
+        """The last layer's counterpart of the part that holds the edit site."""
         here = next(k for k, m in self.model.named_modules() if m is self.layers[self.site.layer])
         name = self.site.path.removeprefix(here + ".").split(".")[0]
         found = getattr(self.layers[-1], name, None)
@@ -322,6 +371,17 @@ def _added(start: dict[str, set[Any]], kwargs: Any) -> dict[str, dict[Any, Any]]
     return {name: new for name, new in found.items() if new}
 
 
+def _keep(kept: list[Tensor], a: Tensor, y: Tensor) -> None:
+    kept.append(y)
+
+
+def _is_zero_at(gradient: Tensor | None, positions: Tensor) -> bool:
+    """Whether a gradient [.., n] is exactly zero at positions in [B T], given as a mask."""
+    if gradient is None or gradient.numel() != len(positions) * gradient.shape[-1]:
+        return False
+    return not gradient.flatten(0, -2)[positions.to(gradient.device)].any()
+
+
 @contextlib.contextmanager
 def head_at(model: Any, at: Tensor) -> Iterator[None]:
     """Within it the LM head sees only some positions, and logits are [n, V].
@@ -368,7 +428,7 @@ def _only_at(module: nn.Module, at: Tensor, shape: Sequence[int]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _hooked(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+def _hooked(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
     handle = module.register_forward_hook(lambda m, args, y: change(args[0], y))
     try:
         yield
