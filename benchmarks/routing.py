@@ -5,7 +5,7 @@ side memories are on the demonstration base at once, through either router; a pr
 prompts, and repetitions of all cases alternate. *Exact* is the activation router without estimates. Then prompts of the
 stream (edits, rephrases, unrelated and near ones) are decided by both activation routers and by both ways of finding
 the nearest key. Last, the nearest of so many random keys is looked up, among them queries next to a key, by `Index` and
-by measuring all, from keys in fp32 and (*stored*) from keys in fp16 that are converted at each call. One thread.
+by measuring all, from keys in fp32 and (*stored*) from keys in 8 bits that are converted at each call. One thread.
 
     python benchmarks/routing.py --edits 300 --shards 100 --out routing.json
 """
@@ -33,6 +33,7 @@ from wisecli.editing.config import EditConfig
 from wisecli.editing.merge import merge_run
 from wisecli.editing.run import EditRun
 from wisecli.evaluation.environment import environment
+from wisecli.memory.keys import to_int8
 from wisecli.memory.lookup import Index, score
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base, load_base
@@ -138,8 +139,8 @@ def lookups(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     rows = []
     for n in sizes:
         g = torch.Generator().manual_seed(n)
-        stored = (torch.randn(n, WIDTH, generator=g) / WIDTH**0.5).half()
-        keys, crowding = stored.float(), 0.8 * torch.rand(n, generator=g)
+        stored, step = to_int8(torch.randn(n, WIDTH, generator=g) / WIDTH**0.5, 1)
+        keys, crowding = stored * step[:, None], 0.8 * torch.rand(n, generator=g)
         start = time.perf_counter()
         index = Index(keys, crowding)
         built = 1000 * (time.perf_counter() - start)
@@ -150,7 +151,7 @@ def lookups(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
                 {
                     "index": lambda z=z, index=index: index.nearest(z),
                     "all": lambda z=z, k=keys, c=crowding: score(z, k, c).max(1),
-                    "stored": lambda z=z, k=stored, c=crowding: score(z, k.float(), c).max(1),
+                    "stored": lambda z=z, k=stored, s=step, c=crowding: score(z, k * s[:, None], c).max(1),
                 },
                 repeats,
             )

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import SITES, few_pool_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from wisecli.data import pool
 from wisecli.data.records import EditRecord
 from wisecli.data.stream import EditStream
-from wisecli.editing.batch import capture_edits, edit_rows
+from wisecli.editing.batch import ROWS, TOKENS, batches, capture_edits, edit_rows
 from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import Editor, slices
 from wisecli.editing.merge import MergeConfig, merge_run, merge_shards
@@ -22,7 +24,7 @@ from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
 from wisecli.editing.rewording import Rewording
 from wisecli.editing.run import EditRun
-from wisecli.errors import BaseMismatch, InputError, UsageError
+from wisecli.errors import BaseMismatch, InputError, ModelError, UsageError
 from wisecli.memory.bits import draw_mask
 from wisecli.memory.shard import RunFolder
 from wisecli.models.base import Base, load_base
@@ -197,6 +199,46 @@ def test_what_cannot_hold_is_taken_back(upper: UpperModel) -> None:
     learner.replace(3, capture_edits(upper, [dataclasses.replace(one, target="Oslo")], 0, 0)[0])
     assert not learner.aside[3]  # tried anew
     assert learner.outcomes()[3].took
+
+
+def test_what_contradicts_does_not_hide_rows_that_fell_off(upper: UpperModel) -> None:
+    """Where some rows never hold, the others are looked at all the same, and learned."""
+    config = EditConfig(contexts=0, max_steps=60, lr=0.2, mask_density=1.0, dropout=0.0, rewording=0.0)
+    *others, one = records(6)
+    edits = capture_edits(upper, [*others, one, dataclasses.replace(one, id="against", target="Reykjavik")], 0, 0)
+    learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
+    learner._admit(edits)
+    learner.worst[: len(others)] = 0.0  # as if they had held long ago
+    learner._consolidate(len(edits))
+    outcomes = learner._finish()
+    assert all(o.took for o in outcomes[: len(others)])
+    assert sum(o.took for o in outcomes[len(others) :]) <= 1
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_smallest_steps_learn_too(upper: UpperModel, rows: int) -> None:
+    config = EditConfig(contexts=0, block=2, rows=rows, max_steps=200, lr=0.2, mask_density=1.0)
+    learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
+    assert all(o.took for o in finish(learner.learn(capture_edits(upper, records(2), 0, 0))))
+
+
+@given(st.lists(st.integers(1, 10_000), max_size=400))
+@settings(deadline=None, max_examples=60)
+def test_batches_hold_every_row_once_and_fit_with_their_padding(lengths: list[int]) -> None:
+    found = list(batches(lengths))
+    assert sorted(i for picked in found for i in picked) == list(range(len(lengths)))
+    for picked in found:
+        assert len(picked) == 1 or len(picked) * max(lengths[i] for i in picked) <= TOKENS
+        assert len(picked) <= ROWS
+
+
+def test_an_edit_without_a_finite_key_is_named(tiny_model: Callable[..., Any], encoder: PromptEncoder) -> None:
+    model = tiny_model("llama", fresh=True)
+    editor = Editor(Base(model, encoder.tokenizer, "tiny"), EditConfig(contexts=0))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[encoder.prompt(records(2)[1].prompt).ids[-1]] = torch.inf
+    with pytest.raises(ModelError, match=r"e\d: what the base makes of this prompt is not finite in float32"):
+        editor.capture(records(2))
 
 
 def test_where_most_do_not_hold_none_is_set_aside(upper: UpperModel) -> None:

@@ -225,7 +225,7 @@ def test_scores_at_stored_keys_are_those_of_the_router(base: Base, file: Path, s
     for i in (1, 2, 3, 4):
         view, why = view_edit(open_source(file), f"edit-{i}"), asked[EDITS[i][0]]
         assert (view.opening.open, view.opening.reached) == (why.route.routed, why.route.edit)
-        assert view.opening.score == pytest.approx(why.route.indicator, abs=0.01)  # stored keys are fp16
+        assert view.opening.score == pytest.approx(why.route.indicator, abs=0.01)  # stored keys are rounded
         assert [n.line.id for n in view.nearest] == [n.entry.id for n in why.nearest if n.entry.id != f"edit-{i}"]
         expected = [n.score for n in why.nearest if n.entry.id != f"edit-{i}"]
         assert [n.score for n in view.nearest] == pytest.approx(expected, abs=0.01)

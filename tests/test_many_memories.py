@@ -308,6 +308,16 @@ def test_autocast_changes_nothing_about_the_best_key() -> None:
     assert torch.equal(at, want[1])
 
 
+def test_autocast_changes_nothing_about_where_a_prompt_goes() -> None:
+    h = torch.randn(1500, WIDTH, generator=torch.Generator().manual_seed(0))
+    space = KeySpace.fit(h, torch.full((len(h),), -1), WIDTH)
+    store = KeyStore.of(space, space(h), torch.arange(1500), torch.zeros(1500))
+    want = store.nearest(h)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert all(map(torch.equal, store.nearest(h), want))
+
+
 def test_a_query_that_is_no_number_reaches_nothing() -> None:
     keys, crowding, z = keys_and_queries(3, 1500)
     z[4] = torch.nan

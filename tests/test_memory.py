@@ -543,6 +543,17 @@ def test_a_key_space_does_not_see_the_scale_of_the_stream(scale: float, seed: in
     torch.testing.assert_close(alike(a, a), alike(b, b), atol=2e-2, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-5, 1e6])
+def test_a_stream_of_any_scale_has_keys(scale: float) -> None:
+    h, group = facts_in_noise(12, 3)
+    h[:, 3] += 7.0  # a coordinate far from zero in all prompts, as large models have them
+    space = KeySpace.fit(h * scale, group, 6)
+    store = KeyStore.of(space, space(h * scale), torch.arange(len(h)), torch.zeros(len(h)))
+    best, edit = store.nearest(h * scale)
+    assert torch.equal(edit, torch.arange(len(h)))
+    torch.testing.assert_close(best, torch.ones(len(h)), atol=2e-2, rtol=0)
+
+
 def test_groups_of_one_prompt_are_no_wordings() -> None:
     h = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
     alone = KeySpace.fit(h, torch.full((30,), -1), 8)

@@ -122,9 +122,10 @@ def _show(sink: Output, report: DoctorReport) -> None:
     )
     if report.candidates:
         title = "Layers: the gate on held-out pool facts, and probe edits where it does best"
-        several = len({c.shape for c in report.candidates}) > 1  # else the edit site says it, where lines are short
-        about = ("layer", "matrix") if several else ("layer",)
-        rows = [_row(c, report.layer, several) for c in report.candidates]
+        told = report.chosen is not None and report.chosen.learned is not None  # of the edit site, below
+        matrix = not told or len({c.shape for c in report.candidates}) > 1
+        about = ("layer", "matrix") if matrix else ("layer",)
+        rows = [_row(c, report.layer, matrix) for c in report.candidates]
         sink.table(title, (*about, *_GATE, "took", "Rel", "Gen", "Loc near"), rows, left=len(about))
     if report.chosen is not None and report.chosen.learned is not None:
         which = "the one to edit" if report.verdict.usable else "the best of them"

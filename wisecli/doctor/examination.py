@@ -119,8 +119,8 @@ class _Examination:
 
     def _gate(self, candidate: Candidate, h: Tensor) -> Candidate:
         if not h.isfinite().all():
-            where = f"layer {candidate.layer} is not finite in {dtype_name(h.dtype)}"
-            return replace(candidate, reason=f"what enters {where}")
+            dtype = dtype_name(h.dtype)
+            return replace(candidate, reason=f"what enters layer {candidate.layer} is not finite in {dtype}")
         try:
             return replace(candidate, **gate_figures(h, self.pool, EditConfig().rank))  # type: ignore[arg-type]
         except Exception as e:

@@ -21,7 +21,7 @@ from wisecli.models.prompts import PromptEncoder, Row
 from wisecli.models.upper import UpperModel
 
 LONG = 64  # tokens of a prompt that brings a context of its own
-_ROWS, _TOKENS = 128, 8192  # per batch at most when nothing is differentiated
+ROWS, TOKENS = 128, 8192  # per batch at most when nothing is differentiated, with padding
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,10 @@ def capture_edits(
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Positions of rows of these lengths, the short first, in batches that fit memory undifferentiated."""
     picked: list[int] = []
-    spent = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if picked and (len(picked) == _ROWS or spent + lengths[i] > _TOKENS):
+        if picked and (len(picked) == ROWS or (len(picked) + 1) * lengths[i] > TOKENS):
             yield picked
-            picked, spent = [], 0
+            picked = []
         picked.append(i)
-        spent += lengths[i]
     if picked:
         yield picked

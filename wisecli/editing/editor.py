@@ -29,7 +29,7 @@ from wisecli.editing.margins import Margins, Replay, indicators_of
 from wisecli.editing.negatives import about_edits, hard_negatives, kindred_negatives
 from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
-from wisecli.errors import InputError, OutputError
+from wisecli.errors import InputError, ModelError, OutputError
 from wisecli.memory.bits import SparseDelta, draw_mask
 from wisecli.memory.keys import crowding
 from wisecli.memory.lookup import alike
@@ -160,9 +160,18 @@ class Editor:
 
         Raises:
             InputError: see `check`.
+            ModelError: what the base makes of a prompt is not finite: it would have no key.
         """
         limit = context_of(self.base.model)
-        return capture_edits(self.upper, records, self.config.contexts, self.config.seed, limit)
+        captured = capture_edits(self.upper, records, self.config.contexts, self.config.seed, limit)
+        wrong = next((e.record for e in captured if not e.entries.isfinite().all()), None)
+        if wrong is not None:
+            raise ModelError(
+                f"{wrong.source or wrong.id}: what the base makes of this prompt is not finite in "
+                f"{dtype_name(self.base.model.dtype)}.",
+                hint="Use --dtype float32, or another layer.",
+            )
+        return captured
 
     def open(
         self, index: int, stream: EditStream, earlier: Sequence[EditRecord] = (), before: Sequence[EditRecord] = ()

@@ -24,7 +24,7 @@ import torch
 
 from wisecli.data.pool import Pool
 from wisecli.data.records import EditRecord
-from wisecli.editing.batch import batches, edit_rows
+from wisecli.editing.batch import ROWS, TOKENS, edit_rows
 from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import slices
 from wisecli.editing.rewording import wordings
@@ -95,10 +95,9 @@ class _Shape:
         return entering + kept + targets * self.vocab * (12 + self.size)
 
     def sweep(self, rows: Sequence[Row]) -> int:
-        """Bytes of the largest batch of a sweep over rows."""
-        return max((self._swept([rows[i] for i in picked]) for picked in batches([len(r) for r in rows])), default=0)
-
-    def _swept(self, rows: Sequence[Row]) -> int:
+        """Bytes of the largest batch of a sweep over some of these rows: the longest that are swept at once."""
+        longest = sorted(rows, key=len, reverse=True)
+        rows = longest[: min(ROWS, max(1, TOKENS // len(longest[0])))] if longest else ()
         n, targets = _padded(rows), _targets(rows)
         entering = sum(map(len, rows)) * self.d_in * 4
         through_ffn = n if self.above > 1 else targets  # the last layer's runs on the positions of targets alone

@@ -198,6 +198,7 @@ def _merge_group(job: _Job, index: int, shards: Sequence[Shard]) -> _Merged:
         "weights": list(how.weights) if how.weights is not None else None,
         "seed": config.seed,
         "rehearsed": steps is not None,
+        "contexts": min(config.contexts, _CONTEXTS) if steps is not None else 0,
         "rehearsal_steps": steps or 0,
         "shards": [{"index": s.index, "mask_seed": s.mask_seed, "edits": len(s.edits)} for s in shards],
     }
@@ -295,7 +296,7 @@ def _asked_again(
 ) -> tuple[EditEntry, ...]:
     """The entries with their outcome under the merged delta as it is stored: every target token right by argmax."""
     rows = [e.rows[0] for e in captured]
-    delta = delta.to(upper.model.device)
+    delta = delta.to(upper.site.device(upper.model))
     took: dict[str, bool] = {}
     for picked in batches([len(r.ids) for r in rows]):
         some = [rows[i] for i in picked]
@@ -317,10 +318,9 @@ def _asked_again(
 
 def _calibrate_keys(gate: Gate, shards: Sequence[Shard], keys: KeyStore, scope: str) -> Calibration:
     hard = torch.cat([s.negatives for s in shards]).float()
-    crowded = keys.crowding.float()[keys.owner]
     alone = gate.ordinary(about_edits_of(shards), alone=True)  # what facts of a kind may do is the trial's to say
-    vectors = keys.vectors
-    ordinary, negatives = (_best(v, vectors, crowded) for v in (alone, hard))
+    vectors, off = keys.vectors, keys.off
+    ordinary, negatives = (_best(v, vectors, off) for v in (alone, hard))
     edits = len(keys.owner.unique())
     return key_calibration(gate.trial, edits, ordinary, negatives, _own_scores(keys), scope)
 
@@ -347,7 +347,7 @@ def _calibrate_activation(upper: UpperModel, config: EditConfig, merged: Sequenc
     found: list[Calibration | None] = []
     for m in merged:
         prompts = [e.asked for e in m.entries if e.took and e.prompt is not None]
-        delta = m.delta.dense().to(upper.model.device)
+        delta = m.delta.dense().to(upper.site.device(upper.model))
         if not prompts:
             found.append(None)
             continue

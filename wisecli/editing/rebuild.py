@@ -3,7 +3,9 @@
 Withdrawing marks an edit; its values, keys and text stay in its shard, and merging leaves them out of reach. Here each
 shard that holds such an edit is learned again from what the ledger knows of the others, with the shard's own mask and
 seeds, and takes the old one's place: of a withdrawn edit its id alone is left. A shard is replaced in one step, so an
-interrupted rebuild goes on with the shards that still hold something. Side memories made before hold it still.
+interrupted rebuild goes on with the shards that still hold something. Side memories made before hold it still, and with
+replay later shards, which were kept quiet on its prompt. A run folder keeps no prompts that only asked: a negative of a
+rebuilt shard may be one.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class RebuildPlan:
     Attributes:
         shards: those that hold something of a withdrawn edit.
         edits: others in them, to be learned anew.
-        seconds: that learning these shards took the first time, None where the journal does not say.
+        seconds: that learning these shards took the first time, until their last edit arrived; None where the journal
+            does not say.
     """
 
     shards: tuple[int, ...]
@@ -102,9 +105,8 @@ class Rebuild:
                 shard = OpenShard(self.editor, index, prompts, [EditRecord.of_entry(e) for e in before])
                 kept = [e for e in mine if e["outcome"] != WITHDRAWN]
                 superseded = {e["id"]: e.get("by") for e in kept if e["outcome"] == SUPERSEDED}
-                learned = 0
-                for learned in shard.learn([EditRecord.of_entry(e) for e in kept], superseded):
-                    yield done + learned, self.plan.edits
+                for arrived in shard.learn([EditRecord.of_entry(e) for e in kept], superseded):
+                    yield done + sum(e["id"] not in superseded for e in kept[:arrived]), self.plan.edits
                 done += len(kept) - len(superseded)
                 gone = [e["id"] for e in mine if e["outcome"] == WITHDRAWN]
                 self.run.rebuilt(index, gone, _with_gaps(shard.shard(), [e["id"] for e in mine]))

@@ -286,30 +286,42 @@ class Rehearsal:
             pending = self._pending(first, end)
             if not len(pending):
                 break
-            self._step(self._within_budget(self._choose(pending, self.config.rows * 3 // 4, before)))
+            self._step(self._within_budget(self._choose(pending, max(1, self.config.rows * 3 // 4), before)))
 
     def _consolidate(self, edits: int) -> None:
-        """Sweep the whole shard and practise what does not hold.
+        """Practise what does not hold, wherever in the shard it is.
 
-        Ends when everything holds, when the steps due to so many edits are spent, or when `max_steps` of them helped
-        nothing: edits that contradict one another in other words never hold together.
+        Between rounds of steps the rows are looked at that may not hold any more, and all of them once those hold or no
+        fewer are left than before. Ends when everything holds, when the steps due to so many edits are spent, or
+        when `max_steps` of them helped nothing: edits that contradict one another in other words never hold together.
         """
         cap = math.ceil(self.config.max_steps * max(edits, 10) / 10)
-        spent, best, best_at = 0, len(self.rows) + 1, 0
+        spent, fewest, reached, last = 0, len(self.rows) + 1, 0, len(self.rows) + 1
         while spent < cap:
-            self._sweep_near()
+            near = self._near()
+            if not self.seen:
+                self._look(near)
             pending = self._pending()
-            if len(pending) < best:
-                best, best_at = len(pending), spent
-            if not len(pending) or spent - best_at >= self.config.max_steps:
-                return
-            due = math.ceil(max(2 * len(pending), _SWEPT * len(self._near())) / self.config.rows)
+            if not len(pending) or len(pending) >= last:
+                self._sweep(near)
+                pending = self._pending()
+                if len(pending) < fewest:
+                    fewest, reached = len(pending), spent
+                if not len(pending) or spent - reached >= self.config.max_steps:
+                    return
+            last = len(pending)
+            due = math.ceil(max(2 * len(pending), _SWEPT * len(near)) / self.config.rows)
             for _ in range(max(_ROUND, due)):
-                self._step(self._within_budget(self._choose(pending, self.config.rows // 2, len(self.rows))))
+                self._step(self._within_budget(self._choose(pending, max(1, self.config.rows // 2), len(self.rows))))
                 spent += 1
                 pending = self._pending()
                 if not len(pending):
                     break
+
+    def _near(self) -> list[int]:
+        """Rows that did not hold when last seen, or hardly, but for those set aside."""
+        found: list[int] = (~(self.worst <= _NEAR * self.limit) & ~self._out()).nonzero()[:, 0].tolist()
+        return found
 
     def _pending(self, first: int = 0, end: int | None = None) -> Tensor:
         """Rows in [first, end) that did not hold when last seen, but for those set aside."""
@@ -377,27 +389,16 @@ class Rehearsal:
         keep = torch.rand(rows.a.shape, generator=self.noise, device=rows.a.device).ge_(p)
         return replace(rows, a=keep.mul_(rows.a).div_(1 - p))
 
-    def _sweep_near(self) -> None:
-        """See how the rows fare that may not hold any more, and how all do where those hold."""
+    def _sweep(self, just_seen: Sequence[int] = ()) -> None:
+        """See how all rows fare under the delta as it is, but those of which it is known."""
         if not self.seen:
-            self._look(self._near())
-        if not len(self._pending()):
-            self._sweep()
-
-    def _near(self) -> list[int]:
-        """Rows that did not hold when last seen, or hardly."""
-        found: list[int] = (~(self.worst <= _NEAR * self.limit)).nonzero()[:, 0].tolist()
-        return found
-
-    def _sweep(self) -> None:
-        """See how all rows fare under the delta as it is; nothing to do where no step was taken since the last time."""
-        if not self.seen:
-            self._look(range(len(self.rows)))
+            known = set(just_seen)
+            self._look([i for i in range(len(self.rows)) if i not in known])
+            self.seen = True
 
     @torch.no_grad()
     def _look(self, some: Sequence[int]) -> None:
         """See how some rows fare under the delta as it is."""
-        self.seen = len(some) == len(self.rows)
         for batch in batches([len(self.rows[i].ids) for i in some]):
             picked = [some[k] for k in batch]
             rows = StackedRows.of([self.rows[i] for i in picked])

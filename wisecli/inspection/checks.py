@@ -107,7 +107,7 @@ def _tensors(sm: SideMemory) -> Iterator[str]:
     keys, space, site = sm.keys, sm.keys.space, sm.site
     n, rank, floating = len(keys.owner), space.projection.shape[-1], torch.float16
     wanted: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
-        ("keys.mean", space.mean, (site.d_out,), floating),
+        ("keys.mean", space.mean, (site.d_out,), torch.bfloat16),
         ("keys.projection", space.projection, (site.d_out, rank), torch.int8),
         ("keys.scale", space.scale, (rank,), torch.float32),
         ("keys.vectors", keys.keys, (n, rank), torch.int8),

@@ -132,7 +132,7 @@ def _keys_of(source: Source) -> tuple[list[str], KeyStore | None]:
 def _best_of_each(keys: KeyStore, mine: Tensor, edits: int) -> Tensor:
     """The score [E] of an edit's bare key for every edit; -inf for those without keys."""
     vectors = keys.vectors
-    scores = score(vectors[mine][:1], vectors, keys.crowding.float()[keys.owner])[0]
+    scores = score(vectors[mine][:1], vectors, keys.off)[0]
     return torch.full((edits,), -torch.inf).scatter_reduce_(0, keys.owner, scores, "amax")
 
 

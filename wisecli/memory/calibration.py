@@ -75,7 +75,7 @@ def try_on_pool(h: Tensor, group: Tensor, rank: int) -> Trial:
     for fold in range(FOLDS):
         held = torch.isin(group, facts[fold::FOLDS])
         space = KeySpace.fit(h[~held], group[~held], rank, axes)
-        trials.append(try_facts(space(h).half().float().cpu(), group, facts[fold::FOLDS]))
+        trials.append(try_facts(space(h).cpu(), group, facts[fold::FOLDS]))
     tried = max(1, sum(t.edits for t in trials) // FOLDS)
     return Trial(torch.cat([t.inside for t in trials]), torch.cat([t.near for t in trials]), tried)
 

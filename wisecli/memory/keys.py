@@ -15,7 +15,9 @@ for an edit e takes half of it off:
     s_e(q) = max over keys k of e of  alike(z_q, k)  -  crowding_e / 2,
     crowding_e = max over ordinary prompts p of  alike(z_p, k_e),  with k_e the key of its prompt alone.
 
-The edit of the largest score is the nearest, and names the answer's reason; `lookup` finds it.
+The edit of the largest score is the nearest, and names the answer's reason; `lookup` finds it. P and the keys are
+kept in 8 bits. P is the same for keys and queries, so that this costs nothing; a key lies a little beside the entry it
+was made of, and an edit's own prompt scores up to .01 less than 1.
 
 Shapes: `N` prompts, `D` model width, `r` kept directions, `n` keys, `E` edits.
 """
@@ -37,7 +39,10 @@ WIDEST = 1024  # principal directions at most in which the discriminant is sough
 
 @dataclass(frozen=True)
 class KeySpace:
-    """mu [D] in fp16; the projection P [D, r] in int8 with a scale for each direction [r], which holds c too."""
+    """mu [D] in bf16; the projection P [D, r] in int8 with a scale for each direction [r], which holds c too.
+
+    mu is rounded: it keeps numbers small and cancels out of every distance.
+    """
 
     mean: Tensor
     projection: Tensor
@@ -70,9 +75,9 @@ class KeySpace:
         projection = axes @ white @ order.flip(1)[:, :rank]
         # The sign of an eigenvector is arbitrary: fix it, so that the same activations give the same bytes.
         projection = projection * torch.sign(projection.gather(0, projection.abs().argmax(0, keepdim=True)))
-        projection, step = to_int8((projection / projection.abs().max()).float(), 0)
-        size = (h.float() @ projection.float() * step).square().sum(1).mean().clamp(min=1e-12)
-        return cls(mean.half(), projection, step * size.rsqrt())
+        projection, step = to_int8(projection, 0)
+        size = (h @ (projection * step)).square().sum(1).mean().clamp(min=1e-12)
+        return cls(mean.bfloat16(), projection.contiguous(), (step * size.rsqrt()).float())
 
     def __call__(self, h: Tensor) -> Tensor:
         """Vectors [.., r] for entries [.., D]."""
@@ -81,7 +86,8 @@ class KeySpace:
                 mean, whole, scale = (t.to(h.device).float() for t in (self.mean, self.projection, self.scale))
                 self._placed[h.device] = mean, whole * scale
         mean, projection = self._placed[h.device]
-        return (h.float() - mean) @ projection
+        with torch.autocast(h.device.type, enabled=False):
+            return (h.float() - mean) @ projection
 
     @cached_property
     def _placed(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
@@ -146,7 +152,7 @@ class KeyStore:
 
     def scores(self, h: Tensor) -> Tensor:
         """s_k for every key [.., n], for entries [.., D]."""
-        return score(self.space(h), self.vectors.to(h.device), self._off.to(h.device))
+        return score(self.space(h), self.vectors.to(h.device), self.off.to(h.device))
 
     @torch.no_grad()
     def nearest(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +160,7 @@ class KeyStore:
         if h.device not in self._placed:
             with torch.inference_mode(False):
                 owner = self.owner.to(h.device)
-                self._placed[h.device] = Index(self.vectors.to(h.device), self._off.to(h.device)), owner
+                self._placed[h.device] = Index(self.vectors.to(h.device), self.off.to(h.device)), owner
         index, owner = self._placed[h.device]
         best, at = index.nearest(self.space(h))
         return best, owner[at]
@@ -165,7 +171,8 @@ class KeyStore:
         return {}
 
     @property
-    def _off(self) -> Tensor:
+    def off(self) -> Tensor:
+        """The crowding of each key's edit [n]."""
         return self.crowding.float()[self.owner]
 
 

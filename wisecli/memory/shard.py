@@ -16,7 +16,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -156,12 +156,11 @@ def keys_in_force(gate: Gate, shards: Sequence[Shard], outcomes: Sequence[str]) 
     vectors, owner = torch.cat([s.keys for s in shards]), torch.cat(owners)
     kept = torch.tensor([o != SUPERSEDED for o in outcomes], dtype=torch.bool)[owner]
     vectors, owner = vectors[kept], owner[kept]
-    store = KeyStore.of(gate.space, vectors, owner, torch.zeros(seen))
+    store, crowded = KeyStore.of(gate.space, vectors, owner, torch.zeros(seen)), torch.zeros(seen)
     if len(owner):
         first = torch.cat([torch.zeros(1, dtype=torch.long), (owner[1:] != owner[:-1]).nonzero()[:, 0] + 1])
-        crowded = crowding(store.vectors[first], gate.ordinary(about_edits_of(shards)))
-        store.crowding[owner[first]] = crowded.half()
-    return store
+        crowded[owner[first]] = crowding(store.vectors[first], gate.ordinary(about_edits_of(shards)))
+    return replace(store, crowding=crowded.half())
 
 
 def about_edits_of(shards: Sequence[Shard]) -> set[int]:

@@ -134,7 +134,7 @@ def pick_device(device: str = "auto") -> torch.device:
 
 def dtype_name(dtype: str | torch.dtype) -> str:
     """A dtype's name as options, configs and files spell it."""
-    return str(dtype).removeprefix("torch.")
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def check_dtype(dtype: str | torch.dtype) -> None:
