@@ -329,6 +329,12 @@ def test_a_forward_someone_else_put_on_a_layer_survives(tiny_model: Any, encoder
     assert [model.model.layers[i].__dict__["forward"] for i in (1, 3)] == kept
 
 
+def narrow_in(upper: UpperModel) -> list[str]:
+    """Names, in the last layer, of what runs at supervised positions only."""
+    names = {m: name for name, m in upper.layers[-1].named_modules()}
+    return [names[m] for m in upper._narrow]
+
+
 def test_the_last_ffn_sees_nothing_but_the_positions_that_predict(tiny_model: Any, encoder: Any) -> None:
     model = tiny_model("llama")
     upper = UpperModel(model, find_site(model), encoder)
@@ -342,12 +348,36 @@ def test_the_last_ffn_sees_nothing_but_the_positions_that_predict(tiny_model: An
 
 def test_a_last_ffn_that_mixes_positions_runs_on_all_of_them(tiny_model: Any, encoder: Any) -> None:
     model = tiny_model("llama", fresh=True)
-    model.model.layers[-1].mlp.register_forward_pre_hook(lambda m, args: (args[0] + F.pad(args[0], (0, 0, 1, -1)),))
+    ffn = model.model.layers[-1].mlp
+    alone = ffn.forward
+    ffn.forward = lambda x: alone(x + F.pad(x, (0, 0, 1, -1)))
     site = find_site(model)
     upper = UpperModel(model, site, encoder)
     rows = rows_of(encoder)
     got = upper.logits(StackedRows.of(upper.capture(rows)), None)
     close(got, full_logits(model, site, encoder, rows, None), exact=False)
+    assert narrow_in(upper) == []  # what attention gives out for the token before is used, too
+
+
+@pytest.mark.parametrize(
+    ("kind", "narrow"),
+    [
+        ("llama", ["mlp", "self_attn.q_proj", "self_attn.o_proj"]),
+        ("gpt2", ["mlp", "attn.c_proj"]),  # queries, keys and values come out of one map
+    ],
+)
+def test_what_reaches_no_prediction_from_elsewhere_runs_where_tokens_are_predicted(
+    tiny_model: Any, encoder: Any, kind: str, narrow: list[str]
+) -> None:
+    model = tiny_model(kind)
+    upper = UpperModel(model, find_site(model), encoder)
+    assert narrow_in(upper) == narrow
+    rows = StackedRows.of(upper.capture(rows_of(encoder)))
+    logits, gradient, _ = upper._differentiated(rows)
+    upper._narrow = ()
+    want_logits, want, _ = upper._differentiated(rows)
+    torch.testing.assert_close(logits, want_logits)
+    torch.testing.assert_close(gradient, want, atol=1e-5 * float(want.abs().max()), rtol=0)
 
 
 def test_an_upper_part_that_cannot_be_replayed_is_refused(tiny_model: Any, encoder: Any) -> None:
