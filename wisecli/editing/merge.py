@@ -53,7 +53,6 @@ from wisecli.models.site import EditSite
 from wisecli.models.upper import UpperModel
 from wisecli.versions import versions
 
-_CONTEXTS = 1  # rows behind a context with which an edit is rehearsed again; while editing it was with all
 _EVERY = 7  # one ordinary prompt in so many is asked for the statistics beside the activation router's threshold
 
 
@@ -198,7 +197,6 @@ def _merge_group(job: _Job, index: int, shards: Sequence[Shard]) -> _Merged:
         "weights": list(how.weights) if how.weights is not None else None,
         "seed": config.seed,
         "rehearsed": steps is not None,
-        "contexts": min(config.contexts, _CONTEXTS) if steps is not None else 0,
         "rehearsal_steps": steps or 0,
         "shards": [{"index": s.index, "mask_seed": s.mask_seed, "edits": len(s.edits)} for s in shards],
     }
@@ -218,7 +216,7 @@ def _settle(
     if upper is None or not job.run["texts"]:
         return SparseDelta.pack(merged, dtype=how.values), entries, steps
     rehearse = how.rehearse and disturbed and config.schedule == "rehearsal"
-    captured = _capture(upper, config, entries, min(config.contexts, _CONTEXTS) if rehearse else 0)
+    captured = _capture(upper, config, entries, config.contexts if rehearse else 0)
     if captured and rehearse:
         learner = Rehearsal(upper, merged != 0, config, config.seed, start=merged)
         took = {e.id: e.took for e in entries}
@@ -284,7 +282,7 @@ def _known(method: str) -> str:
 
 
 def _capture(upper: UpperModel, config: EditConfig, entries: Sequence[EditEntry], contexts: int) -> list[CapturedEdit]:
-    """All edits in force, with so many of the rows behind a context."""
+    """All edits in force, with so many of the rows behind a context as while editing."""
     live = [e for e in entries if e.details["outcome"] not in (SUPERSEDED, WITHDRAWN)]
     records = [EditRecord(e.id, str(e.prompt), str(e.target), history=e.history or ()) for e in live]
     return capture_edits(upper, records, contexts, config.seed)
