@@ -331,6 +331,12 @@ def test_the_recorded_base_is_pinned(
     assert Loading(model, revision).base(recorded) == loaded
 
 
+def test_what_nothing_records_is_said_again_in_the_next_command() -> None:
+    assert Loading(model="x", dtype="bfloat16", quantize="4bit", revision="v1").again == ()
+    again = Loading(device="cuda:1", device_map="auto", offload_lower=True, trust_remote_code=True).again
+    assert again == ("--device", "cuda:1", "--device-map", "auto", "--offload-lower", "--trust-remote-code")
+
+
 def test_the_whole_job(worked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sm = worked / "sm.safetensors"
     code, out, err = run(capsys, "eval", "-d", EDITS, "--limit", "12", "-s", sm, "--json")

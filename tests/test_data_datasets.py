@@ -220,7 +220,7 @@ def test_offline_tells_how_to_get_the_file() -> None:
     assert "zsre is not on this machine" in error.message
     command = "hf download zjunlp/KnowEdit benchmark/ZsRE/ZsRE-test-all.json --repo-type dataset --revision "
     assert f"`{command}{DATASETS['zsre'].revision}`" in str(error.hint)
-    assert "--dataset path/to/zsre_mend_edit.json" in str(error.hint)
+    assert "such as path/to/zsre_mend_edit.json" in str(error.hint)
     assert "WISE_DATA" in str(error.hint)
     followed = "hf download lukasthede/WikiBigEdit wiki_big_edit_20240201_20240220.json --repo-type dataset`"
     assert followed in str(refusal("wikibigedit").hint)
@@ -230,7 +230,7 @@ def test_offline_tells_how_to_get_the_file() -> None:
 def test_a_set_that_is_not_on_the_hub_tells_where_it_is(name: str) -> None:
     error = refusal(name)
     assert "https://github.com/zjunlp/EasyEdit" in str(error.hint)
-    assert f"--dataset path/to/{name}-edit.json" in str(error.hint)
+    assert f"such as path/to/{name}-edit.json" in str(error.hint)
 
 
 @pytest.mark.parametrize("place", ["dataset_info", "hf_hub_download"])

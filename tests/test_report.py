@@ -449,6 +449,20 @@ def test_unusual_results_are_drawn(names: tuple[str, ...], tmp_path: Path) -> No
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
+
+def test_a_folder_of_wise_eval_stands_for_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path, full())
+    (tmp_path / "eval").mkdir()
+    path.rename(tmp_path / "eval" / "results.json")
+    assert read_results(tmp_path / "eval") == full()
+    code, _, _ = run(capsys, "report", tmp_path / "eval", "-o", tmp_path / "page.html")
+    assert code == 0
+    for missing in (tmp_path, tmp_path / "nothing.json"):
+        code, _, err = run(capsys, "report", missing)
+        assert code == 1
+        assert "wise eval --out FOLDER writes FOLDER/results.json" in " ".join(err.split())
+
+
 BAD = {
     "no object": ([1], "holds no results"),
     "other JSON": ({"hello": 1}, "holds no results"),

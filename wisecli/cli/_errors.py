@@ -17,10 +17,11 @@ from wisecli.cli._output import Output
 from wisecli.errors import InputError, WiseError
 
 INTERRUPTED = 130
-RESUMABLE = ("edit",)
+RESUMABLE = ("edit", "eval")
 """Commands that go on where they stopped when they are run again."""
 _FROM_PARSER: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 _SHOWN_PROBLEMS = 20
+_SMALLER = "Try --dtype bfloat16, --quantize 4bit or --offload-lower, or a smaller base."
 
 
 def guarded(run: Callable[[], object], *, json_mode: bool = False, command: str = "") -> int:
@@ -57,7 +58,7 @@ def _run(run: Callable[[], object], json_mode: bool) -> int:
         _say(type(e).__name__, e.message, e.hint, problems, json_mode)
         return e.exit_code
     except MemoryError:
-        _say("OutOfMemory", "Not enough memory.", "Use a smaller base or --dtype bfloat16.", (), json_mode)
+        _say("OutOfMemory", "Not enough memory.", _SMALLER, (), json_mode)
         return 1
     except _FROM_PARSER as e:
         return _misused(e, json_mode)
@@ -65,9 +66,7 @@ def _run(run: Callable[[], object], json_mode: bool) -> int:
         if debug:
             raise
         if type(e).__name__ == "OutOfMemoryError":
-            _say(
-                "OutOfMemory", "Not enough memory on the device.", "Use --device cpu or a smaller base.", (), json_mode
-            )
+            _say("OutOfMemory", "Not enough memory on the device.", f"{_SMALLER[:-1]}; or --device cpu.", (), json_mode)
             return 1
         message = f"{type(e).__name__}: {e}"
         _say("InternalError", message, "This is a fault in wise. WISE_DEBUG=1 shows where.", (), json_mode)

@@ -73,7 +73,9 @@ TrustRemoteCode = Annotated[
 RouterName = Annotated[str | None, typer.Option("--router", help="key or activation; default: the side memory's own.")]
 Scope = Annotated[
     str | None,
-    typer.Option("--scope", help="How much the key router claims: narrow, balanced or wide. Default: as merged."),
+    typer.Option(
+        "--scope", help="narrow, balanced or wide: .25, 1 or 3 % of near prompts pass the gate. Default: as merged."
+    ),
 ]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Attach although the base is not the one it was learned on.")
@@ -145,6 +147,14 @@ class Loading:
             "quantize": quantize,
             "allow_pickle": self.allow_pickle,
         }
+
+    @property
+    def again(self) -> tuple[str, ...]:
+        """Those of the options given that nothing records: what the next command on the same base wants, too."""
+        spread = ("--device-map", str(self.device_map)) if self.device_map else ()
+        device = ("--device", self.device) if self.device != "auto" else ()
+        flags = ("offload_lower", "allow_pickle", "trust_remote_code")
+        return (*device, *spread, *(f"--{f.replace('_', '-')}" for f in flags if getattr(self, f)))
 
     def base(self, recorded: Mapping[str, Any], layer: int | str = "auto") -> Base:
         """The base, loaded; see `arguments`."""

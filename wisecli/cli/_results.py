@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wisecli.cli._output import Output, figure, short
+from wisecli.report.results import RESULTS
 
 if TYPE_CHECKING:
     from wisecli.evaluation.evaluate import EvalReport
@@ -16,7 +17,7 @@ _SHORT = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "loc_near": "Loc near"}
 _SHOWN = 5
 _STATISTICS = {"median": "median", "clipped": "mean cut at 100"}
 _PAGES = (".html", ".htm", ".md", ".png")
-_RESULTS, _REPORT, _PLOTS = "results.json", "report.html", "plots"
+_REPORT, _PLOTS = "report.html", "plots"
 
 
 class Written:
@@ -36,7 +37,7 @@ class Written:
             raise UsageError(f"{out} would be a folder.", hint="Give --out FOLDER; wise report makes a page alone.")
         alone = out is not None and out.suffix == ".json"
         self.folder = out.parent if out is not None and alone else out
-        self.results = out if alone or out is None else out / _RESULTS
+        self.results = out if alone or out is None else out / RESULTS
         self.page = None if alone or out is None else out / _REPORT
         self.plots = self.folder / _PLOTS if png and self.folder is not None else None
         self.made: list[str] = []

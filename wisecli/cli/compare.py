@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def compare(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Files written by wise eval --out.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULTS...", help="results.json files, or folders, that wise eval --out wrote."),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write a .md, .html or .png file, by its suffix.")
     ] = None,

@@ -197,6 +197,5 @@ def _next(sink: Output, report: DoctorReport, out: Path | None, pool: Path | Non
         command = (*command, *(("--revision", str(report.base["revision"])) if report.base["revision"] else ()))
         command = (*command, *(("--quantize", loading.quantize) if loading.quantize else ()))
         command = (*command, "--chat" if report.config["chat"] else "--no-chat")
-    flags = [f"--{k.replace('_', '-')}" for k in ("allow_pickle", "trust_remote_code") if getattr(loading, k)]
-    command = (*command, *(("--pool", str(pool)) if pool else ()), *flags)
+    command = (*command, *(("--pool", str(pool)) if pool else ()), *loading.again)
     sink.line(f"Wrote {out}. Next:" if out is not None else "Next:", command=shlex.join(command))

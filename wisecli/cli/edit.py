@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,7 +30,12 @@ def edit(
     ctx: typer.Context,
     edits: Annotated[str, typer.Argument(metavar="EDITS", help="JSONL or JSON file of edits, or a dataset's name.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards.")] = Path("shards"),
-    layer: Annotated[str, typer.Option(help="Decoder layer to edit: auto or a number.")] = "auto",
+    layer: Annotated[
+        str,
+        typer.Option(
+            help="A decoder layer, from the end if negative; or auto: the editable one nearest to 27/32 of the depth."
+        ),
+    ] = "auto",
     module: Annotated[str | None, typer.Option(help="Module path of the matrix, instead of a search.")] = None,
     shards: Annotated[
         str | None,
@@ -47,13 +53,25 @@ def edit(
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", help="Shards learned side by side, each in its own process.")] = 1,
     mask_density: Annotated[float, typer.Option(help="Share of trainable entries per shard.")] = 0.2,
-    schedule: Annotated[str, typer.Option(help="rehearsal, or published: the paper's way.")] = "rehearsal",
+    schedule: Annotated[
+        str, typer.Option(help="rehearsal, or published: the paper's, one edit after the other.")
+    ] = "rehearsal",
     max_steps: Annotated[
         int,
-        typer.Option(help="Cap on steps per block of ten edits and on going over all of them; learning stops earlier."),
+        typer.Option(
+            help="Most steps for each block of edits and, for every ten edits, for the last pass over all of them; "
+            "learning stops earlier."
+        ),
     ] = 70,
-    lr: Annotated[float | None, typer.Option(help="Step size; default: the schedule's own.")] = None,
-    contexts: Annotated[int, typer.Option(help="Short sentences put before each prompt while learning.")] = 3,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Step size. Default: 0.035 for rehearsal, relative to the base's scale; 1.0 for published, absolute."
+        ),
+    ] = None,
+    contexts: Annotated[
+        int, typer.Option(help="Learn each edit behind so many short sentences, too, besides alone.")
+    ] = 3,
     replay: Annotated[
         bool, typer.Option("--replay", help="Keep each shard quiet on the prompts of earlier shards (L_memo).")
     ] = False,
@@ -61,12 +79,22 @@ def edit(
     pool: opt.Pool = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", metavar="FILE", help="Settings from wise doctor; options given here go before them."),
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Settings, as wise doctor writes them; options on the command line override them.",
+        ),
     ] = None,
     block: Annotated[int, typer.Option(help="Edits that arrive and are learned together.")] = 10,
     limit: Annotated[int | None, typer.Option(help="Learn only the first N edits.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of masks, contexts and minibatches.")] = 0,
-    texts: Annotated[bool, typer.Option("--texts/--no-texts", help="Keep prompts and targets in the ledger.")] = True,
+    texts: Annotated[
+        bool,
+        typer.Option(
+            "--texts/--no-texts",
+            help="Keep prompts and targets in the shards; without them nothing is rehearsed, verified or rebuilt.",
+        ),
+    ] = True,
     cache: Annotated[
         bool,
         typer.Option("--cache/--no-cache", help="On the CPU, keep the gate of a base and a layer for the next run."),
@@ -139,7 +167,7 @@ def edit(
             run.folder.note("memory", predicted=predicted.total, **peak_memory(base))
         alike = run.settled.alike
         _summarise(sink, entries, alike, verbose)
-        _say_next(sink, run)
+        _say_next(sink, run, loading.again)
         sink.result(_document(run, entries, alike, out), str(out))
 
 
@@ -325,10 +353,12 @@ def _learn(
     return sorted(entries, key=lambda e: e["shard"])
 
 
-def _say_next(sink: Output, run: EditRun) -> None:
+def _say_next(sink: Output, run: EditRun, loading: Sequence[str]) -> None:
     out, missing = run.folder.path, [i + 1 for i in run.slices if not run.folder.shard_path(i).exists()]
     if not missing:
-        sink.line(f"Wrote {out}. Next:", command=f"wise merge {out} -o sm.safetensors")
+        sink.line(
+            f"Wrote {out}. Next:", command=shlex.join(("wise", "merge", str(out), "-o", "sm.safetensors", *loading))
+        )
         return
     others = ", ".join(f"{i}/{run.config.shards}" for i in missing[:5]) + (", ..." if len(missing) > 5 else "")
     sink.line(f"Wrote {out}. To be learned before merging: {others}.")

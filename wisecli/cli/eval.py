@@ -78,7 +78,10 @@ def evaluate(
     schedule: Annotated[
         str | None, typer.Option(help="rehearsal (default) or published.", rich_help_panel=_LEARN)
     ] = None,
-    shards: Annotated[int | None, typer.Option(help="Slices of the stream; default 2.", rich_help_panel=_LEARN)] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(help="Slices of the stream. Default: one for every 50 edits, at least 2.", rich_help_panel=_LEARN),
+    ] = None,
     block: Annotated[
         int | None, typer.Option(help="Edits that arrive together; default 10.", rich_help_panel=_LEARN)
     ] = None,
@@ -86,13 +89,16 @@ def evaluate(
         int | None, typer.Option(help="Of masks, contexts, minibatches; default 0.", rich_help_panel=_LEARN)
     ] = None,
     min_rel: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit with 3 below it (exact).", rich_help_panel=_CHECKS)
+        float | None,
+        typer.Option(min=0, max=1, help="Exit code 3 if Rel (exact match) is below this.", rich_help_panel=_CHECKS),
     ] = None,
     min_gen: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit with 3 below it (exact).", rich_help_panel=_CHECKS)
+        float | None,
+        typer.Option(min=0, max=1, help="Exit code 3 if Gen (exact match) is below this.", rich_help_panel=_CHECKS),
     ] = None,
     min_loc: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Exit with 3 below it (exact).", rich_help_panel=_CHECKS)
+        float | None,
+        typer.Option(min=0, max=1, help="Exit code 3 if Loc (exact match) is below this.", rich_help_panel=_CHECKS),
     ] = None,
     dataset_revision: Annotated[str | None, typer.Option(help="Commit of a dataset on the hub.")] = None,
     allow_other_base: opt.AllowOtherBase = False,
@@ -104,7 +110,7 @@ def evaluate(
 
     Exact: free greedy generation with natural stop. Token: teacher-forced accuracy, as papers report it.
 
-    Example: wise eval --dataset demo --side-memory sm.safetensors -o report
+    Example: wise eval --dataset demo --side-memory sm.safetensors -o eval
     Example: wise eval --dataset zsre --learn -o zsre
     """
     sink = Output(json, quiet)

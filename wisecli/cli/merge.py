@@ -34,7 +34,10 @@ def merge(
         bool, typer.Option("--rehearse/--no-rehearse", help="Restore edits that merging disturbed.")
     ] = True,
     scope: Annotated[
-        str, typer.Option(help="How much the key router claims: narrow, balanced or wide; can be changed at run time.")
+        str,
+        typer.Option(
+            help="narrow, balanced or wide: so .25, 1 or 3 % of near prompts pass the gate. Can be changed at run time."
+        ),
     ] = "balanced",
     calibrate: Annotated[
         bool,

@@ -28,7 +28,12 @@ def package(
         bool, typer.Option("--ledger/--no-ledger", help="Ship the edits' prompts and targets; ids alone otherwise.")
     ] = True,
     evaluation: Annotated[
-        Path | None, typer.Option("--eval", metavar="FILE", help="Result of wise eval --out, for the model card.")
+        Path | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="results.json, or the folder, that wise eval --out wrote: for the model card.",
+        ),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Load the base and ask every edit again, for the card.")
@@ -52,13 +57,13 @@ def package(
         if private and push is None:
             raise UsageError("--private is of no use without --push.", hint="Add --push ORG/NAME, or leave it out.")
         from wisecli import hub
-        from wisecli.memory.files import read_json
         from wisecli.memory.side_memory import SideMemory
         from wisecli.packaging import check_request, package_side_memory
+        from wisecli.report.results import read_document
         from wisecli.routing.attach import side_memory_file
 
         sm = SideMemory.load(side_memory_file(side_memory))
-        results = read_json(evaluation) if evaluation is not None else None
+        results = read_document(evaluation) if evaluation is not None else None
         check_request(out, evaluation=results, licence=licence, force=force, side_memory=sm)
         if push is not None:
             hub.check_push(push, private)

@@ -12,7 +12,9 @@ from wisecli.cli._output import Output
 
 
 def report(
-    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="File written by wise eval --out.")],
+    results: Annotated[
+        Path, typer.Argument(metavar="RESULTS", help="results.json, or the folder, that wise eval --out wrote.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
     png: Annotated[
         Path | None, typer.Option("--png", metavar="FOLDER", help="Also write each plot there as a PNG.")
@@ -24,7 +26,7 @@ def report(
 
     The file needs nothing else: no scripts, no fonts, no network.
 
-    Example: wise report results.json -o report.html
+    Example: wise report eval -o report.html
     """
     sink = Output(json, quiet)
     with sink.running():

@@ -332,9 +332,9 @@ def _from_hub(known: Dataset, revision: str) -> Path:
 def _absent(known: Dataset, revision: str, why: str) -> InputError:
     """The error for a known dataset that could not be had, with the ways to get it."""
     get = f"run `{known.command(revision)}` where there is a network" if known.repo else f"fetch it from {known.page}"
-    local = f"give a local file with `--dataset path/to/{known.local[0]}`"
+    local = f"give a local file in place of the name, such as path/to/{known.local[0]}"
     if known.repo and known.page:
-        local += f" (there is one at {known.page})"
+        local += f" (one is at {known.page})"
     folder = f"set {FOLDER_VARIABLE} to a folder that holds {known.local[0]}"
     message = f"the dataset {known.name} is not on this machine and could not be fetched ({why})"
     return InputError(message, hint=f"{get[0].upper()}{get[1:]}, {local}, or {folder}.")

@@ -12,6 +12,7 @@ from wisecli.errors import UsageError
 SCHEDULES = ("rehearsal", "published")
 _PER_SHARD = 50
 _MOST_LR = 1e6
+_OPTIONS = ("shards", "block", "max_steps", "contexts", "mask_density", "lr")  # the other fields have no option
 
 
 def shards_for(edits: int) -> int:
@@ -79,17 +80,17 @@ class EditConfig:
             raise UsageError(f"Unknown schedule {self.schedule!r}.", hint=f"Use {' or '.join(SCHEDULES)}.")
         for name in ("shards", "block", "max_steps", "rows", "tokens", "rank"):
             if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
+                raise UsageError(f"{_called(name)} must be at least 1, not {getattr(self, name)}.")
         most = len(contexts())
         if not 0 <= self.contexts <= most:
             raise UsageError(f"--contexts must lie between 0 and {most}, not {self.contexts}.")
         for name in ("mask_density", "confidence", "act_ratio"):
             if not 0 < getattr(self, name) <= 1:
-                raise UsageError(f"--{name.replace('_', '-')} must lie in (0, 1], not {getattr(self, name)}.")
+                raise UsageError(f"{_called(name)} must lie in (0, 1], not {getattr(self, name)}.")
         if not 0 <= self.dropout < 1:
-            raise UsageError(f"--dropout must lie in [0, 1), not {self.dropout}.")
+            raise UsageError(f"dropout must lie in [0, 1), not {self.dropout}.")
         if not 0 <= self.rewording <= 1:
-            raise UsageError(f"--rewording must lie in [0, 1], not {self.rewording}.")
+            raise UsageError(f"rewording must lie in [0, 1], not {self.rewording}.")
         if self.lr is not None and not 0 < self.lr <= _MOST_LR:
             raise UsageError(f"--lr must be positive and {_MOST_LR:g} at most, not {self.lr}.")
 
@@ -125,3 +126,8 @@ class EditConfig:
             k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in cls.__dataclass_fields__
         }
         return cls(**known)
+
+
+def _called(field: str) -> str:
+    """A field as a user knows it."""
+    return f"--{field.replace('_', '-')}" if field in _OPTIONS else field

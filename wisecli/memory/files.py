@@ -50,11 +50,19 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, hint: str = "Check the path.") -> Any:
+    """What stands in a JSON file.
+
+    Args:
+        hint: what to do where there is none.
+
+    Raises:
+        InputError: it cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise InputError(f"Cannot read {path}: {e.strerror or e}.") from e
+        raise InputError(f"Cannot read {path}: {e.strerror or e}.", hint=hint) from e
     except ValueError as e:
         raise InputError(f"{path} is not JSON: {e}.", hint="The file is damaged; make it again.") from e
 

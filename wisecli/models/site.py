@@ -202,7 +202,10 @@ def likely_site(model: PreTrainedModel, layer: int | str = "auto", module: str |
         maps = [(k, m) for k, m in layers[index].named_modules() if is_linear(m) and _shape(m)[0] == width]
         fits = [k for k, _ in maps if not _NOT_FFN.search(k)]
         if not fits:
-            raise ModelError(f"No module of layer {index} looks like an FFN output projection.")
+            raise ModelError(
+                f"No module of layer {index} looks like an FFN output projection.",
+                hint="Name it with --module, or try another --layer.",
+            )
         module = f"{names[id(layers[index])]}.{fits[-1]}"
     else:
         index = next((i for i, m in enumerate(layers) if module.startswith(names[id(m)] + ".")), 0)

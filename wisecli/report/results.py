@@ -15,6 +15,7 @@ from typing import Any
 from wisecli.errors import InputError
 
 SCHEMA = "wise-eval"
+RESULTS = "results.json"
 MAJOR = 2
 
 SCORES = {"rel": "Reliability", "gen": "Generalization", "loc": "Locality", "loc_near": "Locality near"}
@@ -114,11 +115,20 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         InputError: missing, not JSON, not results of `wise eval`, of another schema, or damaged.
     """
-    from wisecli.memory.files import read_json
-
-    document = read_json(path)
+    document = read_document(path)
     check_results(document, str(path))
     return dict(document)
+
+
+def read_document(path: Path) -> Any:
+    """What stands in a file of results, or in that of a folder that wise eval --out wrote; not checked.
+
+    Raises:
+        InputError: missing, or not JSON.
+    """
+    from wisecli.memory.files import read_json
+
+    return read_json(path / RESULTS if path.is_dir() else path, "wise eval --out FOLDER writes FOLDER/results.json.")
 
 
 def check_results(document: Any, source: str = "results") -> None:

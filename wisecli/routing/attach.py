@@ -229,5 +229,8 @@ def side_memory_file(source: str | Path) -> Path:
             f"{path} holds shards that are not merged yet.", hint=f"Run wise merge {path} -o sm.safetensors first."
         )
     if not inside.exists():
-        raise InputError(f"The folder {path} holds no side memory.", hint="Give a file made by wise merge.")
+        raise InputError(
+            f"The folder {path} holds neither a side memory nor shards.",
+            hint="Give a folder written by wise edit or wise package, or a file by wise merge.",
+        )
     return inside
