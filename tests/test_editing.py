@@ -353,7 +353,7 @@ class TestRewording:
         assert len(made.moves) == len(facts)
         one, other = upper.capture([encoder.pair(p, facts[1].answer) for p in facts[1].prompts[:2]])
         for move, value in zip(made.moves[1], ("a", "stream"), strict=True):
-            first, second = (getattr(r, value)[int((r.labels != -100).nonzero()[0]) - 1] for r in (one, other))
+            first, second = (getattr(r, value)[int(r.predicting[0])] for r in (one, other))
             torch.testing.assert_close(move[0], 0.7 * (second - first), atol=1e-4, rtol=1e-4)
             assert bool(move.any())
 
@@ -363,7 +363,7 @@ class TestRewording:
         (edit,) = capture_edits(upper, [dataclasses.replace(records(1)[0], target="a rather long target it is")], 0, 0)
         (row,) = edit.rows
         before = row.a.clone(), row.stream.clone()
-        at = [i for i in range(len(row.ids) - 1) if row.labels[i + 1] != -100]
+        at = row.predicting.tolist()
         assert at[0] == int(row.content.nonzero()[-1])
         assert len(at) > max(len(a) for a, _ in made.moves)  # the last move serves the rest of a long target
         drawn = {s: int(torch.randint(2 * len(made.moves), (), generator=self.seeded(s))) for s in range(20)}
@@ -377,7 +377,7 @@ class TestRewording:
             assert not torch.equal(is_, was)
         assert torch.equal(row.a, before[0])  # what was captured stays
         assert torch.equal(row.stream, before[1])
-        assert all(getattr(moved, name) is getattr(row, name) for name in ("ids", "labels", "content", "entry"))
+        assert all(getattr(moved, name) is getattr(row, name) for name in ("ids", "content", "entry"))
 
     @pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.5, 20, 80), (1.0, 100, 100)])
     def test_as_many_rows_are_moved_as_the_config_says(

@@ -77,7 +77,7 @@ class _Shape:
 
     def captured(self, rows: Sequence[Row]) -> int:
         """Bytes of rows as `CapturedRow` holds them."""
-        return sum(len(r) * ((self.d_in + self.d_out) * self.size + 17) + self.d_out * self.size for r in rows)
+        return sum(len(r) * ((self.d_in + self.d_out) * self.size + 9) + self.d_out * self.size for r in rows)
 
     def passing(self, rows: Sequence[Row]) -> int:
         """Bytes of one layer at work on a padded batch of rows, without gradients."""

@@ -297,10 +297,9 @@ def _asked_again(
     delta = delta.to(upper.site.device(upper.model))
     took: dict[str, bool] = {}
     for picked in batches([len(r.ids) for r in rows]):
-        some = [rows[i] for i in picked]
-        stacked = StackedRows.of(some)
-        right = (upper.logits(stacked, delta).argmax(-1) == stacked.targets).split(stacked.counts)
-        took |= {captured[i].record.id: bool(x.all()) for i, x in zip(picked, right, strict=True)}
+        some = StackedRows.of([rows[i] for i in picked])
+        right = some.right(upper.logits(some, delta)).tolist()
+        took |= {captured[i].record.id: x for i, x in zip(picked, right, strict=True)}
     reached = indicators_of(captured, delta)
     return tuple(
         replace(

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True)
 class CapturedRow:
-    """What is constant about one row: its ids [T] and labels [T], `a` [T, F] and the stream it joins [T, D].
+    """What is constant about one row: its ids [T], `a` [T, F] and the stream it joins [T, D].
 
     `stream` is the edited layer's own output when the projection is added to it unchanged, else the layer's input.
     `content` [T] marks the prompt's content tokens. `entry` [D] is the residual stream that enters the edited layer, at
@@ -28,7 +28,6 @@ class CapturedRow:
     """
 
     ids: Tensor
-    labels: Tensor
     content: Tensor
     a: Tensor
     stream: Tensor
@@ -43,7 +42,7 @@ class CapturedRow:
 
     def alone(self) -> CapturedRow:
         """The row in memory of its own."""
-        names = ("ids", "labels", "content", "a", "stream", "entry")
+        names = ("ids", "content", "a", "stream", "entry")
         return replace(self, **{name: getattr(self, name).clone() for name in names})
 
     @property
@@ -99,6 +98,10 @@ class StackedRows:
             ),
             beside=_padded([r.beside for r in rows]),
         )
+
+    def right(self, logits: Tensor) -> Tensor:
+        """Whether logits [n, V] give every token of a row's target by argmax [B]."""
+        return torch.stack([x.all() for x in (logits.argmax(-1) == self.targets).split(self.counts)])
 
     def side(self, delta: Tensor) -> Tensor:
         """a delta^T [B, T, D] under a delta [D, F], worked out at the real tokens alone."""

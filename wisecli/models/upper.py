@@ -73,10 +73,10 @@ class UpperModel:
             last = last_content(batch.content).tolist()
             for k, i in enumerate(picked):
                 n, prompt = len(rows[i]), len(rows[i].prompt)
-                ids, labels, content = (x[k, :n] for x in (batch.input_ids, batch.labels, batch.content))
+                ids, content = batch.input_ids[k, :n], batch.content[k, :n]
                 at_last = entry[k, last[k]].flatten()
                 past = cut(beside, k, n)
-                yield i, CapturedRow(ids, labels, content, a[k, :n], stream[k, :n], at_last, prompt, past)
+                yield i, CapturedRow(ids, content, a[k, :n], stream[k, :n], at_last, prompt, past)
 
     def entries(self, rows: Sequence[Row]) -> Tensor:
         """What each row brings into the edited layer at its last content token [N, D]; that layer does not run."""
