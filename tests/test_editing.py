@@ -353,7 +353,7 @@ class TestRewording:
         assert len(made.moves) == len(facts)
         one, other = upper.capture([encoder.pair(p, facts[1].answer) for p in facts[1].prompts[:2]])
         for move, value in zip(made.moves[1], ("a", "stream"), strict=True):
-            first, second = (getattr(r, value)[int(r.predicting[0])] for r in (one, other))
+            first, second = (getattr(r, value)[r.predicting.start] for r in (one, other))
             torch.testing.assert_close(move[0], 0.7 * (second - first), atol=1e-4, rtol=1e-4)
             assert bool(move.any())
 
@@ -363,7 +363,7 @@ class TestRewording:
         (edit,) = capture_edits(upper, [dataclasses.replace(records(1)[0], target="a rather long target it is")], 0, 0)
         (row,) = edit.rows
         before = row.a.clone(), row.stream.clone()
-        at = row.predicting.tolist()
+        at = list(range(len(row.ids)))[row.predicting]
         assert at[0] == int(row.content.nonzero()[-1])
         assert len(at) > max(len(a) for a, _ in made.moves)  # the last move serves the rest of a long target
         drawn = {s: int(torch.randint(2 * len(made.moves), (), generator=self.seeded(s))) for s in range(20)}

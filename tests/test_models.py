@@ -265,7 +265,7 @@ def test_a_batch_is_captured_as_its_rows_are_alone_and_in_order(tiny_model: Any,
     for row, one in zip(rows, together, strict=True):
         (alone,) = upper.capture([row])
         assert one.ids.tolist() == list(row.ids)
-        assert one.ids[one.predicting + 1].tolist() == list(row.target)
+        assert one.ids[1:][one.predicting].tolist() == list(row.target)
         assert torch.equal(one.content, alone.content)
         assert not one.content[len(row.prompt) :].any()
         close(one.a, alone.a, exact=False)

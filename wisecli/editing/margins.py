@@ -81,12 +81,17 @@ class Replay:
 @torch.no_grad()
 def indicators_of(edits: Sequence[CapturedEdit], delta: Tensor) -> dict[str, float]:
     """What each edit's bare prompt reaches under a delta [D, F] (eq. 3), in the activations' own unit, by its id."""
-    bare = [e.rows[0] for e in edits]
-    reached: dict[str, float] = {}
-    for picked in batches([len(r.ids) for r in bare]):
-        some = activation_indicator(*stack([bare[i] for i in picked]), delta).tolist()
-        reached |= {edits[i].record.id: float(f"{x:.6g}") for i, x in zip(picked, some, strict=True)}
-    return reached
+    found = indicators([e.rows[0] for e in edits], delta).tolist()
+    return {e.record.id: float(f"{x:.6g}") for e, x in zip(edits, found, strict=True)}
+
+
+@torch.no_grad()
+def indicators(rows: Sequence[CapturedRow], delta: Tensor) -> Tensor:
+    """What the prompts of rows reach under a delta [D, F] (eq. 3), on the CPU [N]."""
+    found = torch.zeros(len(rows))
+    for picked in batches([len(r.ids) for r in rows]):
+        found[picked] = activation_indicator(*stack([rows[i] for i in picked]), delta).cpu()
+    return found
 
 
 def stack(rows: Sequence[CapturedRow]) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from wisecli.data.records import EditRecord, said_of
 from wisecli.editing.batch import CapturedEdit, batches, capture_edits
 from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import slices
-from wisecli.editing.margins import indicators_of
+from wisecli.editing.margins import indicators, indicators_of
 from wisecli.editing.rehearsal import Rehearsal
 from wisecli.errors import BaseMismatch, InputError, UsageError
 from wisecli.memory.bits import SparseDelta
@@ -30,7 +30,6 @@ from wisecli.memory.calibration import (
     activation_threshold,
     key_calibration,
 )
-from wisecli.memory.indicator import activation_indicator
 from wisecli.memory.keys import KeyStore
 from wisecli.memory.lookup import score
 from wisecli.memory.merge import METHODS, merge_deltas
@@ -47,7 +46,7 @@ from wisecli.memory.shard import (
 )
 from wisecli.memory.side_memory import MAIN_MEMORY, EditEntry, Memory, SideMemory
 from wisecli.models.base import Base, matches, matrix_of
-from wisecli.models.captured import CapturedRow, StackedRows
+from wisecli.models.captured import StackedRows
 from wisecli.models.prompts import ContentRule, PromptEncoder
 from wisecli.models.site import EditSite
 from wisecli.models.upper import UpperModel
@@ -343,15 +342,10 @@ def _calibrate_activation(upper: UpperModel, config: EditConfig, merged: Sequenc
     ordinary = upper.capture([upper.encoder.prompt(p) for p in ordinary_prompts()[::_EVERY]])
     found: list[Calibration | None] = []
     for m in merged:
-        prompts = [e.asked for e in m.entries if e.took and e.prompt is not None]
-        delta = m.delta.dense().to(upper.site.device(upper.model))
-        if not prompts:
+        own = torch.tensor([e.details["indicator"] for e in m.entries if e.took and e.prompt is not None])
+        if not len(own):
             found.append(None)
             continue
-        own = upper.capture([upper.encoder.prompt(p) for p in prompts])
-        found.append(activation_threshold(_indicators(own, delta), _indicators(ordinary, delta), config.act_ratio))
+        delta = m.delta.dense().to(upper.site.device(upper.model))
+        found.append(activation_threshold(own, indicators(ordinary, delta), config.act_ratio))
     return found
-
-
-def _indicators(captured: Sequence[CapturedRow], delta: Tensor) -> Tensor:
-    return torch.cat([activation_indicator(r.a[None].float(), r.content[None], delta) for r in captured]).cpu()

@@ -19,6 +19,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -408,10 +409,10 @@ class Rehearsal:
     def _note(self, picked: list[int], rows: StackedRows, losses: Tensor, logits: Tensor) -> None:
         """Keep, per row, its largest token loss and whether all its tokens are right."""
         seen = torch.stack([losses, (logits.argmax(-1) == rows.targets).to(losses.dtype)]).cpu()  # one transfer
-        worst, right = (x.split(rows.counts) for x in seen)
-        self.worst[picked] = torch.stack([x.max() for x in worst])
-        self.right[picked] = torch.stack([x.bool().all() for x in right])
+        worst, right = seen.float().numpy()
+        starts = np.cumsum((0, *rows.counts[:-1]))
+        self.worst[picked] = torch.from_numpy(np.maximum.reduceat(worst, starts))
+        self.right[picked] = torch.from_numpy(np.minimum.reduceat(right, starts) > 0)
         for edit in {self.owner[i] for i in picked}:
-            held = (self.worst[self._span(edit)] <= self.limit).all()
-            if held and self.held_at[edit].isinf():
+            if self.held_at[edit].isinf() and (self.worst[self._span(edit)] <= self.limit).all():
                 self.held_at[edit] = self.steps[edit]

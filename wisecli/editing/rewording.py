@@ -54,18 +54,23 @@ class Rewording:
     def __call__(self, row: CapturedRow, generator: torch.Generator) -> CapturedRow:
         """The row as if its prompt were worded otherwise, as `generator` chooses; long targets keep the last move."""
         which, back = divmod(int(torch.randint(2 * len(self.moves), (), generator=generator)), 2)
-        move_a, move_stream = self.moves[which]
-        at = row.predicting
-        like = torch.arange(len(at), device=at.device).clamp(max=len(move_a) - 1)
-        a, stream = row.a.clone(), row.stream.clone()
-        a[at] += -move_a[like] if back else move_a[like]
-        stream[at] += -move_stream[like] if back else move_stream[like]
+        sign, at = -1 if back else 1, row.predicting
+        a, stream = (_moved(x, at, m, sign) for x, m in zip((row.a, row.stream), self.moves[which], strict=True))
         return replace(row, a=a, stream=stream)
 
 
 def wordings() -> list[tuple[str, str]]:
     """The first two wordings of pool facts, one after the other, each with the fact's answer."""
     return [(p, f.answer) for f in pool_facts()[:_FACTS] if len(f.prompts) > 1 for p in f.prompts[:2]]
+
+
+def _moved(x: Tensor, at: slice, move: Tensor, sign: int) -> Tensor:
+    """x with these positions moved one by one; those behind the last move are moved by that, too."""
+    x = x.clone()
+    first, rest = x[at][: len(move)], x[at][len(move) :]
+    first.add_(move[: len(first)], alpha=sign)
+    rest.add_(move[-1], alpha=sign)
+    return x
 
 
 def _move(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

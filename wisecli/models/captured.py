@@ -36,9 +36,9 @@ class CapturedRow:
     beside: Any = None
 
     @property
-    def predicting(self) -> Tensor:
-        """Positions from which the tokens of the target are predicted [n]."""
-        return torch.arange(self.prompt - 1, len(self.ids) - 1, device=self.a.device)
+    def predicting(self) -> slice:
+        """Positions from which the tokens of the target are predicted."""
+        return slice(self.prompt - 1, len(self.ids) - 1)
 
     def alone(self) -> CapturedRow:
         """The row in memory of its own."""
