@@ -26,8 +26,8 @@ demo: $(VENV)/.installed
 	@$(WISE) chat < examples/questions.txt
 	$(WISE) edit examples/edits.jsonl --out $(OUT)/shards
 	$(WISE) merge $(OUT)/shards -o $(OUT)/sm.safetensors
-	$(WISE) package $(OUT)/sm.safetensors -o $(OUT)/package
-	$(WISE) eval --dataset demo --side-memory $(OUT)/package -o $(OUT)/eval --png
+	$(WISE) eval --dataset demo --side-memory $(OUT)/sm.safetensors -o $(OUT)/eval --png
+	$(WISE) package $(OUT)/sm.safetensors --eval $(OUT)/eval -o $(OUT)/package
 	@echo '--- after: the same questions, with the side memory'
 	@$(WISE) chat --side-memory $(OUT)/package < examples/questions.txt
 
