@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -267,7 +268,7 @@ def test_a_single_edit_with_an_odd_id_and_path(
     code, stdout, err = run(capsys, *argv, "-v")
     assert code == 0, err
     assert "x[/b]y" in stdout
-    assert f"Wrote {out}. Next: wise merge {out} -o sm.safetensors\n" in stdout
+    assert f"Wrote {out}. Next: wise merge {shlex.quote(str(out))} -o sm.safetensors\n" in stdout
     assert "as they are, no chat template" in stdout
     assert "none of the 1 edits took" in err
     assert json.loads((out / "run.json").read_text())["streams"][0]["shards"] == 1

@@ -551,10 +551,11 @@ def test_report_command_refuses_bad_paths(
     path = saved(tmp_path, full())
     broken = tmp_path / "broken.json"
     broken.write_text("{", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
     before = path.read_bytes()
     for argv, said in (
         ((tmp_path / "none.json",), "Cannot read"),
-        ((tmp_path,), "Cannot read"),
+        ((tmp_path / "empty",), "Cannot read"),
         ((broken,), "is not JSON"),
         ((path, "-o", path), "results file itself"),
         ((path, "-o", path / "r.html"), "Cannot write"),
