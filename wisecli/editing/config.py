@@ -12,7 +12,7 @@ from wisecli.errors import UsageError
 SCHEDULES = ("rehearsal", "published")
 _PER_SHARD = 50
 _MOST_LR = 1e6
-_OPTIONS = ("shards", "block", "max_steps", "contexts", "mask_density", "lr")  # the other fields have no option
+_OPTIONS = ("shards", "block", "max_steps", "mask_density")  # those of the fields checked below that are options
 
 
 def shards_for(edits: int) -> int:
