@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", help="wise-demo or one of the shapes")
     parser.add_argument("--edits", type=int, default=20)
+    parser.add_argument("--shards-at-once", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -99,6 +100,7 @@ def main() -> None:
                 build(name, folder / "base")
             model = str(folder / "base") if name in SHAPES else name
             argv = ["edit", str(EDITS), "--limit", str(args.edits), "--max-steps", "10", "-q"]
+            argv += ["--shards-at-once", str(args.shards_at_once)]
             argv += ["--model", model, "--dtype", args.dtype, "--device", "cpu", "--out", str(folder / "shards")]
             command = [sys.executable, __file__, *(["--quick"] if args.quick else []), "--child", *argv]
             env = {**os.environ, "WISE_CACHE": str(folder / "cache")}  # empty: the gate is worked out

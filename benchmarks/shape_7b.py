@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from measure import flops, machine, peak_memory
 from speed import show
-from speed_editing import EDITS, Ours, never_early, random_llama
+from speed_editing import EDITS, Ours, at_once_of, never_early, random_llama
 from speed_routing import overhead
 
 from wisecli.data.records import EditRecord
@@ -75,6 +75,15 @@ def learning(base: Base, records: list[EditRecord], steps: int, rate: float) -> 
     }
 
 
+def several(base: Base, counts: list[int], steps: int) -> dict[str, float]:
+    """Seconds per edit, its frozen part apart, where so many shards learn one each at once."""
+    found = {}
+    for n in counts:
+        learn = at_once_of(base, n, steps)
+        found[f"{n}"] = min(synchronised(learn, base.model.device.type) for _ in range(3)) / n
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
@@ -84,6 +93,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--early", type=int, default=20, help="steps of an edit that stops early")
     parser.add_argument("--edits", type=int, default=3)
+    parser.add_argument("--shards-at-once", type=int, nargs="*", default=[1, 4, 8], metavar="N")
     parser.add_argument("--repeats", type=int, default=20, help="of prefill and decoding")
     parser.add_argument("--tokens", type=int, default=64, help="length of the prompts whose prefill is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -102,6 +112,7 @@ def main() -> None:
         "matmul_tflop_per_s": rate / 1e12,
         "at_the_cap": learning(base, records, args.steps, rate),
         "stopped_early": learning(base, records, args.early, rate),
+        "seconds_per_edit_of_shards_at_once": several(base, args.shards_at_once, args.early),
         "overhead": {f"batch {b}": overhead(base, 200, b, args.tokens, args.repeats) for b in (1, 8)},
     }
     del found["stopped_early"]["peak_beside_model_mb"]  # the same, and on a CPU what was freed is held already

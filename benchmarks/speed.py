@@ -24,7 +24,7 @@ import torch
 from measure import machine
 from rich.console import Console
 from rich.table import Table
-from speed_editing import SHAPES, editing, evaluation, same_deltas, stream
+from speed_editing import SHAPES, at_once, editing, evaluation, same_deltas, stream
 from speed_memory import artifact, merging, startup
 from speed_routing import routing
 
@@ -36,6 +36,7 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         "deltas": lambda: same_deltas(5, args.steps),
         "editing": lambda: {s: editing(s, edits[s], steps[s], args.repeats) for s in args.shapes},
+        "at once": lambda: {s: at_once(s, (1, 2, 4), min(args.steps, 10), args.repeats) for s in args.shapes},
         "stream": lambda: stream(args.stream, min(args.stream, args.reference_edits or args.stream)),
         "routing": lambda: {
             s: routing(s, (args.tokens,), (1, 8), args.routing_repeats // (1 if s == "wise-demo" else 5), 200)

@@ -24,8 +24,10 @@ from wisecli.editing import published
 from wisecli.editing.batch import capture_edits, edit_rows
 from wisecli.editing.config import EditConfig, shards_for
 from wisecli.editing.editor import Editor, slices
+from wisecli.editing.margins import Margins
 from wisecli.editing.merge import merge_shards
 from wisecli.editing.published import Published
+from wisecli.editing.steps import together
 from wisecli.evaluation.evaluate import EvalOptions, evaluate
 from wisecli.memory.bits import draw_mask
 from wisecli.memory.calibration import activation_threshold
@@ -217,6 +219,38 @@ def _setup_seconds(make: Callable[[], Any]) -> float:
     start = time.process_time()
     make()
     return time.process_time() - start
+
+
+# -- several shards at once --------------------------------------------------------------------------------------------
+
+
+def at_once(shape: str, counts: Sequence[int], steps: int, repeats: int) -> dict[str, Any]:
+    """CPU seconds of an edit at equal steps where so many shards learn one each, their steps taken together."""
+    base, _ = editors(shape, steps)
+    found = interleaved({str(n): at_once_of(base, n, steps) for n in counts}, repeats, warm=0)
+    return {
+        "base": base.name,
+        "steps": steps,
+        "repeats": repeats,
+        "per_edit": {name: t.summary(int(name)) for name, t in found.items()},
+    }
+
+
+def at_once_of(base: Base, n: int, steps: int) -> Callable[[], None]:
+    """What makes so many shards learn an edit each, all at once; the frozen part has run."""
+    config = EditConfig(schedule="published", max_steps=steps)
+    upper = UpperModel(base.model, find_site(base.model), PromptEncoder(base.tokenizer))
+    margins, size = Margins(upper, config.margins), (upper.site.d_out, upper.site.d_in)
+    edits = capture_edits(upper, read_edits(EDITS, n).records, config.contexts, config.seed)
+    masks = [draw_mask(size, config.mask_density, config.mask_seed(i)) for i in range(n)]
+
+    def learn() -> None:
+        learners = [Published(upper, mask, config, 0, margins) for mask in masks]
+        with never_early():
+            for _ in together(upper, [one.learning([e]) for one, e in zip(learners, edits, strict=True)]):
+                pass
+
+    return learn
 
 
 # -- a stream, end to end ----------------------------------------------------------------------------------------------

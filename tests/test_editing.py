@@ -24,6 +24,7 @@ from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
 from wisecli.editing.rewording import Rewording
 from wisecli.editing.run import EditRun
+from wisecli.editing.steps import take_all
 from wisecli.errors import BaseMismatch, InputError, ModelError, UsageError
 from wisecli.memory.bits import draw_mask
 from wisecli.memory.shard import RunFolder
@@ -195,7 +196,8 @@ def test_what_cannot_hold_is_taken_back(upper: UpperModel) -> None:
     learner.worst[:] = torch.inf
     drawn = {i for _ in range(20) for i in learner._choose(learner._pending(), config.rows, len(learner.rows))}
     assert drawn == {0, 1, 2}
-    assert all(o.took for o in learner._finish()[:3])
+    take_all(upper, learner._finish())
+    assert all(o.took for o in learner.outcomes()[:3])
     learner.replace(3, capture_edits(upper, [dataclasses.replace(one, target="Oslo")], 0, 0)[0])
     assert not learner.aside[3]  # tried anew
     assert learner.outcomes()[3].took
@@ -209,8 +211,9 @@ def test_what_contradicts_does_not_hide_rows_that_fell_off(upper: UpperModel) ->
     learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
     learner._admit(edits)
     learner.worst[: len(others)] = 0.0  # as if they had held long ago
-    learner._consolidate(len(edits))
-    outcomes = learner._finish()
+    take_all(upper, learner._consolidate(len(edits)))
+    take_all(upper, learner._finish())
+    outcomes = learner.outcomes()
     assert all(o.took for o in outcomes[: len(others)])
     assert sum(o.took for o in outcomes[len(others) :]) <= 1
 
@@ -329,7 +332,7 @@ class TestOpenShard:
         (shard,) = editor.learn(stream)
         shard.save(tmp_path / "mine.safetensors")
         assert (tmp_path / "mine.safetensors").read_bytes() == run.folder.shard_path(0).read_bytes()
-        assert run.open is None
+        assert run.open == ()
 
 
 # -- other wordings ----------------------------------------------------------------------------------------------------

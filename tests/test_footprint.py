@@ -52,6 +52,10 @@ def test_the_parts_are_what_they_say(tiny_model_dir: Path, tiny_model: Callable[
     assert told(base, n=16).captured > whole.captured > told(base, shards=4).captured
     assert told(base, rewording=0.0).captured < whole.captured
     assert told(base, rows=4).step < whole.step
+    apart, several = told(base, shards=4), told(base, shards=4, shards_at_once=3)
+    assert several.delta == 3 * apart.delta
+    assert several.captured > apart.captured
+    assert several.step > apart.step
     packed = told(base, quantize=4)
     linear = LAYERS * (3 * FFN * WIDTH + 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2)
     assert packed.base == 4 * (numbers - linear) + linear // 2 + linear // 16

@@ -78,12 +78,15 @@ def begin(base: Base, edits: Sequence[EditRecord], out: Path, **options: Any) ->
     return EditRun(base, EditStream.of(edits), CONFIG, out, **options)
 
 
-@pytest.mark.parametrize("schedule", ["rehearsal", "published"])
+@pytest.mark.parametrize(
+    ("schedule", "at_once", "blocks"),
+    [("rehearsal", 1, 5), ("published", 1, 9), ("rehearsal", 2, 3), ("published", 2, 5)],
+)
 def test_a_run_stopped_after_any_block_ends_in_the_same_bytes(
-    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, at_once: int, blocks: int
 ) -> None:
     monkeypatch.setattr(run_module, "_RARELY", 0)  # written at every block
-    config = EditConfig(contexts=1, max_steps=4, shards=2, rank=8, block=2, schedule=schedule)
+    config = replace(CONFIG, max_steps=4, schedule=schedule, shards_at_once=at_once)
     stream = EditStream.of(records(9))
     whole = learned(finish(EditRun(base, stream, config, tmp_path / "whole")).path)
     steps = 0
@@ -95,7 +98,7 @@ def test_a_run_stopped_after_any_block_ends_in_the_same_bytes(
                 break
         else:
             break
-    assert steps == (5 if schedule == "rehearsal" else 9)  # once per block, and each but the first taken up
+    assert steps == blocks  # each but the first taken up
     assert learned(tmp_path / "broken") == whole
     assert not list((tmp_path / "broken").glob("partial-*"))
 
@@ -218,9 +221,11 @@ def command(model: Path, edits: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "wisecli", "edit", str(edits), "--out", str(out), *options, *more]
 
 
-def test_side_by_side_gives_the_same_bytes(tiny_model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_side_by_side_gives_the_same_bytes(tiny_model_dir: Path, tmp_path: Path, at_once: int) -> None:
     stream = EditStream.of(records(6))
-    config = replace(CONFIG, rewording=0.0)  # would be measured anew in each process
+    # the rewording would be measured anew in each process
+    config = replace(CONFIG, rewording=0.0, shards=at_once + 1, shards_at_once=at_once)
     loading = {"name": str(tiny_model_dir), "device": "cpu"}
     for jobs in (1, 2):
         run = EditRun(load_base(**loading), stream, config, tmp_path / str(jobs))

@@ -52,6 +52,13 @@ def edit(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", help="Shards learned side by side, each in its own process.")] = 1,
+    shards_at_once: Annotated[
+        int,
+        typer.Option(
+            help="Shards learned at once in one process, the rows of their steps in one batch: on an accelerator a "
+            "step of several costs little more than a step of one."
+        ),
+    ] = 1,
     mask_density: Annotated[float, typer.Option(help="Share of trainable entries per shard.")] = 0.2,
     schedule: Annotated[
         str, typer.Option(help="rehearsal, or published: the paper's, one edit after the other.")
@@ -133,6 +140,7 @@ def edit(
             layer=layer if layer == "auto" else _number(layer),
             module=module,
             shards=count,
+            shards_at_once=shards_at_once,
             mask_density=mask_density,
             seed=seed,
             schedule=schedule,
@@ -143,6 +151,10 @@ def edit(
             max_steps=max_steps,
             lr=lr,
         )
+        if unit is not None and (settings["shards_at_once"] or 1) > 1:
+            raise UsageError(
+                "--shard learns one shard: there are no others to learn at once.", hint="Leave --shards-at-once out."
+            )
         if older is not None:
             out = older.path
             wanted, settings, texts = _as_before(ctx, older, len(stream), wanted, settings)

@@ -12,7 +12,7 @@ from wisecli.errors import UsageError
 SCHEDULES = ("rehearsal", "published")
 _PER_SHARD = 50
 _MOST_LR = 1e6
-_OPTIONS = ("shards", "block", "max_steps", "mask_density")  # those of the fields checked below that are options
+_OPTIONS = ("shards", "shards_at_once", "block", "max_steps", "mask_density")  # of the fields checked below
 
 
 def shards_for(edits: int) -> int:
@@ -32,6 +32,8 @@ class EditConfig:
         layer: decoder layer to edit, or "auto".
         module: module path that overrides the search in that layer.
         shards: into how many consecutive slices the stream is cut, each with its own mask and delta.
+        shards_at_once: shards that are learned side by side, the rows of their steps in one batch; their deltas are
+            those of one after the other, but for rounding.
         mask_density: share of trainable entries per shard (rho).
         seed: of masks, context choice and minibatches.
         schedule: "rehearsal" (default) or "published", the paper's one-edit-after-the-other SGD.
@@ -57,6 +59,7 @@ class EditConfig:
     layer: int | str = "auto"
     module: str | None = None
     shards: int = 2
+    shards_at_once: int = 1
     mask_density: float = 0.2
     seed: int = 0
     schedule: str = "rehearsal"
@@ -78,7 +81,7 @@ class EditConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise UsageError(f"Unknown schedule {self.schedule!r}.", hint=f"Use {' or '.join(SCHEDULES)}.")
-        for name in ("shards", "block", "max_steps", "rows", "tokens", "rank"):
+        for name in ("shards", "shards_at_once", "block", "max_steps", "rows", "tokens", "rank"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{_called(name)} must be at least 1, not {getattr(self, name)}.")
         most = len(contexts())

@@ -29,6 +29,7 @@ from wisecli.editing.margins import Margins, Replay, indicators_of
 from wisecli.editing.negatives import about_edits, hard_negatives, kindred_negatives
 from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
+from wisecli.editing.steps import Arrived, Learning, Step, together
 from wisecli.errors import InputError, ModelError, OutputError
 from wisecli.memory.bits import SparseDelta, draw_mask
 from wisecli.memory.keys import crowding
@@ -188,15 +189,18 @@ class Editor:
 
     def learn(self, stream: EditStream) -> list[Shard]:
         """The shards of a whole stream, in memory."""
-        shards = []
         superseded = self.settle(stream).superseded
         before: list[EditRecord] = []
-        for index, records in enumerate(slices(stream.records, self.config.shards)):
-            shard = self.open(index, stream, before=[r for r in before if r.id not in superseded])
-            before += records
-            for _ in shard.learn(records, superseded):
+        shards: list[Shard] = []
+        for group in groups(list(enumerate(slices(stream.records, self.config.shards))), self.config.shards_at_once):
+            some, learning = [], []
+            for index, records in group:
+                some.append(self.open(index, stream, before=[r for r in before if r.id not in superseded]))
+                learning.append(some[-1].learning(records, superseded))
+                before += records
+            for _ in together(self.upper, learning):
                 pass
-            shards.append(shard.shard())
+            shards += [shard.shard() for shard in some]
         return shards
 
     def describe(self, stream: EditStream) -> dict[str, Any]:
@@ -262,7 +266,17 @@ class OpenShard:
         superseded: Mapping[str, str | None] | None = None,
         state: Mapping[str, Tensor] | None = None,
     ) -> Iterator[int]:
-        """Learn a whole slice, block by block, yielding how many of its records have arrived.
+        """Learn a whole slice, block by block, yielding how many of its records have arrived; see `learning`."""
+        for (arrived,) in together(self.editor.upper, [self.learning(records, superseded, state)]):
+            yield arrived
+
+    def learning(
+        self,
+        records: Sequence[EditRecord],
+        superseded: Mapping[str, str | None] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Learning:
+        """The same, giving out the steps to be taken, alone or with those of other shards.
 
         Args:
             records: of the slice.
@@ -274,10 +288,13 @@ class OpenShard:
         captured = self.editor.capture([records[i] for i in places])
         if state is not None:
             self.learner.load_state(captured[: len(state["steps"])], state)
-        for arrived in self.learner.learn(captured):
-            here = places[arrived - 1] + 1
-            self.records, self.captured = list(records[:here]), captured[:arrived]
-            yield here
+        for got in self.learner.learning(captured):
+            if isinstance(got, Step):
+                yield got
+                continue
+            here = places[got.edits - 1] + 1 if got.edits else 0
+            self.records, self.captured = list(records[:here]), captured[: got.edits]
+            yield Arrived(here, got.all)
         self.records, self.captured = list(records), captured
 
     def arrive(self, record: EditRecord) -> None:
@@ -359,6 +376,11 @@ def describe_stream(stream: EditStream, shards: int, supersedes: Mapping[str, st
 def every_prompt(stream: EditStream) -> set[str]:
     """Every prompt of a stream: edits, rephrases and probes."""
     return {text for r in stream.records for text in (r.prompt, *r.rephrases, *(p.prompt for p in r.locality))}
+
+
+def groups(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive groups of so many, the last perhaps of fewer."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def slices(records: Sequence[T], n: int) -> list[Sequence[T]]:

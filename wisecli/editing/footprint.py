@@ -7,7 +7,8 @@ back to the allocator in small pieces stays with the process and serves later ph
     gate         what the pool brings into the layer, in double precision, several times over
     rewording    what moves from one wording of a pool fact to another, and both of its ends
     learning     the shard's captured rows; the delta with its mask, gradient, momentum and two copies to go back to; a
-                 step's activations above the edited layer with the logits of its targets, or a sweep's
+                 step's activations above the edited layer with the logits of its targets, or a sweep's; of shards that
+                 are learned at once all together
 
 Shapes: `N` tokens of a batch with its padding, `F` FFN width, `D` model width, `V` vocabulary.
 """
@@ -26,7 +27,7 @@ from wisecli.data.pool import Pool
 from wisecli.data.records import EditRecord
 from wisecli.editing.batch import ROWS, TOKENS, edit_rows
 from wisecli.editing.config import EditConfig
-from wisecli.editing.editor import slices
+from wisecli.editing.editor import groups, slices
 from wisecli.editing.rewording import wordings
 from wisecli.models.base import Base
 from wisecli.models.prompts import PromptEncoder, Row
@@ -134,15 +135,15 @@ def predict(
     shape = _Shape(site.d_in, site.d_out, text.vocab_size, len(layers) - site.layer - 1, size)
     weights = _weights(base.model, size, quantize)
     below = sum(_weights(m, size, quantize) for m in layers[: site.layer]) if lower_off else 0
-    rows = _rows_of_largest_shard(encoder, records, config)
+    parts = _rows_of_largest_group(encoder, records, config)
     reworded = [encoder.pair(p, answer) for p, answer in wordings()] if config.rewording else []
     entries = len((pool or Pool.of()).prompts) * site.d_out * 8
     on_cpu = device.type == "cpu"
     gate = _LIBRARIES + int(_GATE * entries)
     kept = _LIBRARIES + int(_GATE_KEPT * entries) if on_cpu else 0
     moves = _moves(shape, reworded)
-    delta, captured = _DELTAS * site.d_in * site.d_out * 4, shape.captured(rows) + moves
-    step = _learning(shape, rows, config)
+    delta, captured = len(parts) * _DELTAS * site.d_in * site.d_out * 4, sum(map(shape.captured, parts)) + moves
+    step = _learning(shape, parts, config)
     casting = _casting(base, dtype, quantize)
     learning = kept + delta + captured + step
     phases = [learning, kept + 3 * moves + _passing(shape, reworded), gate if on_cpu else entries // 2]
@@ -171,17 +172,23 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _learning(shape: _Shape, rows: Sequence[Row], config: EditConfig) -> int:
-    """Bytes of the largest step or sweep of a shard with these rows."""
+def _learning(shape: _Shape, parts: Sequence[Sequence[Row]], config: EditConfig) -> int:
+    """Bytes of the largest step of shards that are learned at once, or sweep of one, with these rows each."""
+    step = shape.step([row for rows in parts for row in _longest(rows, config)])
+    return step if config.schedule == "published" else max(step, *map(shape.sweep, parts))
+
+
+def _longest(rows: Sequence[Row], config: EditConfig) -> list[Row]:
+    """The rows of a shard's largest step."""
     longest = sorted(rows, key=len, reverse=True)
     if config.schedule == "published":
-        return shape.step(longest[: config.contexts + 1])
+        return longest[: config.contexts + 1]
     picked: list[Row] = []
     for row in longest[: config.rows]:
         if len(picked) > 1 and sum(map(len, picked)) + len(row) > config.tokens:
             break
         picked.append(row)
-    return max(shape.step(picked), shape.sweep(rows))
+    return picked
 
 
 def _casting(base: Base, dtype: torch.dtype, quantize: int | None) -> int:
@@ -203,13 +210,16 @@ def _passing(shape: _Shape, rows: Sequence[Row]) -> int:
     return shape.passing(sorted(rows, key=len)[-_BATCH:])
 
 
-def _rows_of_largest_shard(encoder: PromptEncoder, records: Sequence[EditRecord], config: EditConfig) -> list[Row]:
-    """Token rows of the shard with most tokens, as far as the stream alone says what is learned."""
+def _rows_of_largest_group(
+    encoder: PromptEncoder, records: Sequence[EditRecord], config: EditConfig
+) -> Sequence[list[Row]]:
+    """Token rows of the shards with most tokens that are learned at once, as far as the stream alone tells."""
     shards = [
         [row for r in part for row in edit_rows(encoder, r, config.contexts, config.seed)]
         for part in slices(records, config.shards)
     ]
-    return max(shards, key=lambda rows: sum(map(len, rows)), default=[])
+    together = groups(shards, config.shards_at_once)
+    return max(together, key=lambda parts: sum(len(row) for rows in parts for row in rows))
 
 
 def _padded(rows: Sequence[Row]) -> int:

@@ -11,7 +11,7 @@ entries outside the mask.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from wisecli.editing.batch import CapturedEdit
 from wisecli.editing.config import EditConfig
 from wisecli.editing.margins import Margins, Replay
 from wisecli.editing.rehearsal import Outcome
-from wisecli.memory.indicator import indicator_of
+from wisecli.editing.steps import Arrived, Learning, Step, take_all, together
+from wisecli.memory.indicator import content_mean, indicator_of
 from wisecli.models.captured import CapturedRow, StackedRows
 from wisecli.models.upper import UpperModel
 
@@ -52,20 +53,25 @@ class Published:
 
     def learn(self, edits: Sequence[CapturedEdit]) -> Generator[int, None, list[Outcome]]:
         """Learn edits in order; yields how many are done, returns one outcome per edit at the end of the stream."""
-        for i in range(len(self.steps), len(edits)):
-            self.arrive([edits[i]])
-            yield i + 1
+        for (arrived,) in together(self.upper, [self.learning(edits)]):
+            yield arrived
         return self.outcomes()
+
+    def learning(self, edits: Sequence[CapturedEdit]) -> Learning:
+        """The same, giving out the steps to be taken."""
+        for i in range(len(self.steps), len(edits)):
+            yield from self._arriving(edits[i])
+            yield Arrived(i + 1, i + 1 == len(edits))
 
     def arrive(self, block: Sequence[CapturedEdit]) -> None:
         """Learn edits, one after the other."""
         for edit in block:
-            self.steps.append(self._edit(edit, self._irrelevant(edit, len(self.steps))))
-            self.edits.append(edit)
+            take_all(self.upper, self._arriving(edit))
 
     def replace(self, i: int, edit: CapturedEdit) -> None:
         """Learn an edit that contradicts the i-th, which then no longer counts."""
-        self.steps[i] = self._edit(edit, self._irrelevant(edit, i))
+        self.steps[i] = 0
+        take_all(self.upper, self._edit(i, edit))
         self.edits[i] = edit
 
     def drop(self, i: int) -> None:
@@ -100,32 +106,41 @@ class Published:
             return self.upper.capture([self.upper.encoder.prompt(text[0])])[0]
         return self.margins.pool[i % len(self.margins.pool)]
 
-    def _edit(self, edit: CapturedEdit, other: CapturedRow) -> int:
+    def _arriving(self, edit: CapturedEdit) -> Iterator[Step]:
+        self.steps.append(0)
+        yield from self._edit(len(self.steps) - 1, edit)
+        self.edits.append(edit)
+
+    def _edit(self, i: int, edit: CapturedEdit) -> Iterator[Step]:
+        """The steps of an edit in the i-th place, which are counted there."""
+        other = self._irrelevant(edit, i)
         optimiser = torch.optim.SGD([self.delta], lr=self.config.lr or DEFAULT_LR)
         rows, n = StackedRows.of(edit.rows), sum(len(r.ids) for r in edit.rows)
         a = torch.cat([rows.a, other.a]).float()
         share = torch.tensor([1 / (c * len(rows.counts)) for c in rows.counts for _ in range(c)], device=a.device)
-        before = float("inf")
-        for step in range(self.config.max_steps):
+        losses = [float("inf")]
+        for _ in range(self.config.max_steps):
             inside, outside = F.linear(a, self.delta).split([n, len(other.ids)])  # one product for both
-            side = rows.padded(inside)
-            logits = self.upper.logits(rows, self.delta, side)
-            losses = F.cross_entropy(logits.float(), rows.targets, reduction="none")
-            d_in, d_out = indicator_of(side, rows.content), indicator_of(outside[None], other.content[None])
-            loss = losses @ share + self.margins.loss(d_in, d_out)  # the mean over rows of their means over tokens
-            if self.replay is not None:
-                loss = loss + self.replay.loss(self.delta)
-            now = float(loss.detach())
-            if abs(before - now) <= _FLAT and now <= _LOW:
-                return step
-            before = now
+            d_in = content_mean(rows.padded(inside.norm(dim=-1, keepdim=True))[..., 0], rows.content)
+            margin = self.margins.loss(d_in, indicator_of(outside[None], other.content[None]))
+
+            def loss(logits: Tensor, margin: Tensor = margin) -> Tensor | None:
+                each = F.cross_entropy(logits.float(), rows.targets, reduction="none")
+                whole = each @ share + margin  # the mean over rows of their means over tokens
+                if self.replay is not None:
+                    whole = whole + self.replay.loss(self.delta)
+                losses.append(float(whole.detach()))
+                return None if _is_over(*losses[-2:]) else whole
+
             optimiser.zero_grad()
-            loss.backward()
+            yield Step(edit.rows, rows, inside, loss)
+            if _is_over(*losses[-2:]):
+                return
             self.delta.grad.mul_(self.mask)  # type: ignore[union-attr]
             optimiser.step()
+            self.steps[i] += 1
             with torch.no_grad():
                 self.delta.clamp_(-_CLAMP, _CLAMP)
-        return self.config.max_steps
 
     @torch.no_grad()
     def _outcome(self, edit: CapturedEdit, steps: int) -> Outcome:
@@ -133,3 +148,8 @@ class Published:
         logits = self.upper.logits(bare, self.delta)
         losses = F.cross_entropy(logits.float(), bare.targets, reduction="none")
         return Outcome(bool(bare.right(logits)), steps, float(losses.max()))
+
+
+def _is_over(before: float, now: float) -> bool:
+    """Whether an edit's loss has come to rest, and low."""
+    return abs(before - now) <= _FLAT and now <= _LOW

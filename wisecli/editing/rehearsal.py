@@ -15,7 +15,7 @@ would (`rewording`). The same loop, started from a merged delta, restores what m
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -28,6 +28,7 @@ from wisecli.editing.batch import CapturedEdit, batches
 from wisecli.editing.config import EditConfig
 from wisecli.editing.margins import Replay
 from wisecli.editing.rewording import Rewording
+from wisecli.editing.steps import Arrived, Learning, Step, take_all, together
 from wisecli.models.captured import CapturedRow, StackedRows
 from wisecli.models.upper import UpperModel
 
@@ -103,11 +104,18 @@ class Rehearsal:
         Edits that have arrived already, as after `load_state`, are not learned again. Yields the number of edits that
         have arrived so far; returns one outcome per edit.
         """
+        for (arrived,) in together(self.upper, [self.learning(edits)]):
+            yield arrived
+        return self.outcomes()
+
+    def learning(self, edits: Sequence[CapturedEdit]) -> Learning:
+        """The same, giving out the steps to be taken."""
+        if len(self.steps) == len(edits):
+            yield Arrived(len(edits), True)
         for at in range(len(self.steps), len(edits), self.config.block):
-            block = edits[at : at + self.config.block]
-            self.arrive(block)
-            yield at + len(block)
-        return self._finish()
+            yield from self._arriving(edits[at : at + self.config.block])
+            yield Arrived(len(self.steps), len(self.steps) == len(edits))
+        yield from self._finish()
 
     def hold(self, edits: Sequence[CapturedEdit], failed: Sequence[int] = ()) -> list[Outcome]:
         """Practise edits that were learned before, until each holds or the cap is reached.
@@ -119,24 +127,19 @@ class Rehearsal:
         self._admit(edits)
         if 2 * len(failed) < len(edits):
             self.aside[list(failed)] = True
-        return self._finish()
+        take_all(self.upper, self._finish())
+        return self.outcomes()
 
     def arrive(self, block: Sequence[CapturedEdit]) -> None:
         """Learn edits that arrive together, keeping the earlier ones alive."""
-        before = self._here()
-        first = self._admit(block)
-        self._practise(first, len(self.rows), first)
-        if self._set_aside(range(len(self.steps) - len(block), len(self.steps))):
-            self._restore(before)
-            self.worst[first:] = torch.inf
-            self._practise(first, len(self.rows), first)
+        take_all(self.upper, self._arriving(block))
 
     def replace(self, i: int, edit: CapturedEdit) -> None:
         """Learn an edit in the place of the i-th, which it contradicts: that one is no longer rehearsed."""
         self._put(i, edit.rows)
         self.steps[i], self.held_at[i], self.aside[i] = 0, torch.inf, False
         first = self.firsts[i]
-        self._practise(first, first + len(edit.rows), len(self.rows))
+        take_all(self.upper, self._practise(first, first + len(edit.rows), len(self.rows)))
 
     def drop(self, i: int) -> None:
         """Rehearse the i-th edit no longer; those behind it move up."""
@@ -193,21 +196,29 @@ class Rehearsal:
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def _finish(self) -> list[Outcome]:
-        self._consolidate(len(self.steps))
+    def _arriving(self, block: Sequence[CapturedEdit]) -> Iterator[Step]:
+        before = self._here()
+        first = self._admit(block)
+        yield from self._practise(first, len(self.rows), first)
+        if self._set_aside(range(len(self.steps) - len(block), len(self.steps))):
+            self._restore(before)
+            self.worst[first:] = torch.inf
+            yield from self._practise(first, len(self.rows), first)
+
+    def _finish(self) -> Iterator[Step]:
+        yield from self._consolidate(len(self.steps))
         late = self.aside.nonzero()[:, 0].tolist()
         if late:
             before = self._here()
             self.aside[late] = False
-            self._consolidate(max(_LATE, len(late)))
+            yield from self._consolidate(max(_LATE, len(late)))
             self._sweep()
             wrong = [i for i in late if not self.right[self.firsts[i]]]
             if wrong:
                 self._restore(before)
                 self.aside[wrong] = True
-                self._consolidate(len(late))
+                yield from self._consolidate(len(late))
         self._sweep()
-        return self.outcomes()
 
     def _here(self) -> tuple[Tensor, ...]:
         """Delta and momentum as they are, to go back to."""
@@ -281,15 +292,15 @@ class Rehearsal:
         for group in self.optimiser.param_groups:
             group["lr"] = (self.config.lr or DEFAULT_LR) * unit
 
-    def _practise(self, first: int, end: int, before: int) -> None:
+    def _practise(self, first: int, end: int, before: int) -> Iterator[Step]:
         """Step until rows [first, end) hold, mixing in rows before `before`; at most `max_steps` times."""
         for _ in range(self.config.max_steps):
             pending = self._pending(first, end)
             if not len(pending):
                 break
-            self._step(self._within_budget(self._choose(pending, max(1, self.config.rows * 3 // 4), before)))
+            yield from self._step(self._within_budget(self._choose(pending, max(1, self.config.rows * 3 // 4), before)))
 
-    def _consolidate(self, edits: int) -> None:
+    def _consolidate(self, edits: int) -> Iterator[Step]:
         """Practise what does not hold, wherever in the shard it is.
 
         Between rounds of steps the rows are looked at that may not hold any more, and all of them once those hold or no
@@ -313,7 +324,8 @@ class Rehearsal:
             last = len(pending)
             due = math.ceil(max(2 * len(pending), _SWEPT * len(near)) / self.config.rows)
             for _ in range(max(_ROUND, due)):
-                self._step(self._within_budget(self._choose(pending, max(1, self.config.rows // 2), len(self.rows))))
+                picked = self._choose(pending, max(1, self.config.rows // 2), len(self.rows))
+                yield from self._step(self._within_budget(picked))
                 spent += 1
                 pending = self._pending()
                 if not len(pending):
@@ -358,18 +370,22 @@ class Rehearsal:
             out.append(i)
         return out if len(out) < len(picked) else picked
 
-    def _step(self, picked: list[int]) -> None:
-        rows = self._dropped(StackedRows.of([self._reworded(self.rows[i]) for i in picked]))
-        logits = self.upper.logits(rows, self.delta)
-        losses = F.cross_entropy(logits.float(), rows.targets, reduction="none")
-        self._note(picked, rows, losses.detach(), logits.detach())
+    def _step(self, picked: list[int]) -> Iterator[Step]:
+        rows = [self._reworded(self.rows[i]) for i in picked]
+        stacked = self._dropped(StackedRows.of(rows))
+        seen: list[Tensor] = []
+
+        def loss(logits: Tensor) -> Tensor:
+            losses = F.cross_entropy(logits.float(), stacked.targets, reduction="none")
+            seen.extend((losses.detach(), logits.detach()))
+            # A plain mean would move each token of a long target by next to nothing.
+            length = len(losses) / len(picked)
+            mean = losses.mean() * max(1.0, math.sqrt(length / _SHORT))
+            return mean if self.replay is None else mean + self.replay.loss(self.delta)
+
         self.optimiser.zero_grad()
-        # A plain mean would move each token of a long target by next to nothing.
-        length = len(losses) / len(picked)
-        loss = losses.mean() * max(1.0, math.sqrt(length / _SHORT))
-        if self.replay is not None:
-            loss = loss + self.replay.loss(self.delta)
-        loss.backward()
+        yield Step(rows, stacked, stacked.moved(self.delta), loss)
+        self._note(picked, stacked, *seen)
         self.delta.grad.mul_(self.mask)  # type: ignore[union-attr]
         self.optimiser.step()
         self.seen = False
@@ -387,8 +403,11 @@ class Rehearsal:
         p = self.config.dropout
         if p == 0:
             return rows
-        keep = torch.rand(rows.a.shape, generator=self.noise, device=rows.a.device).ge_(p)
-        return replace(rows, a=keep.mul_(rows.a).div_(1 - p))
+        n, least = rows.a.numel(), round(p * 2**16) - 2**15
+        drawn = torch.empty(-(-n // 4), dtype=torch.int64, device=rows.a.device)
+        drawn.random_(-(2**63), None, generator=self.noise)  # of all 64 bits, for four numbers of 16
+        keep = drawn.view(torch.int16)[:n].view_as(rows.a) >= min(least, 2**15 - 1)
+        return replace(rows, a=keep.to(torch.float32).mul_(rows.a).div_(1 - p))
 
     def _sweep(self, just_seen: Sequence[int] = ()) -> None:
         """See how all rows fare under the delta as it is, but those of which it is known."""

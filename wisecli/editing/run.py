@@ -1,8 +1,9 @@
 """Learn a stream of edits into a run folder, shard by shard, and go on with it later.
 
 The stream is cut into consecutive slices; each slice has its own seeded mask and is learned on its own, so shards do
-not depend on one another and may be learned side by side. A shard in the making is written down every now and then and
-taken up from there: running the same command again gives the same bytes as one uninterrupted run. Another stream can be
+not depend on one another and may be learned side by side, in processes of their own or several at once in one. What is
+in the making is written down every now and then and taken up from there: running the same command again gives the same
+bytes as one uninterrupted run. For that, shards that are learned at once begin and end together. Another stream can be
 added to a finished one; it gets shards of its own, and those that are there stay as they are.
 
 A record that a later record contradicts (the same prompt, or by the gate's judgement the same fact, with another
@@ -12,6 +13,7 @@ given up when the shards are merged.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,8 @@ from wisecli.data.records import EditRecord
 from wisecli.data.stream import EditStream
 from wisecli.editing.config import EditConfig
 from wisecli.editing.conflicts import Conflicts
-from wisecli.editing.editor import Editor, OpenShard, describe_stream, slices
+from wisecli.editing.editor import Editor, OpenShard, describe_stream, groups, slices
+from wisecli.editing.steps import together
 from wisecli.errors import InputError, OutputError, UsageError
 from wisecli.memory.files import ensure_writable, load_tensors, save_tensors
 from wisecli.memory.shard import RunFolder, locked
@@ -38,7 +41,7 @@ _SAME = ("base", "site", "config", "pool", "texts")
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` edits have been learned; the last finished shard's ledger lines, when one has just ended."""
+    """`done` of `total` edits have been learned; the ledger lines of the shards that have just ended, if any have."""
 
     done: int
     total: int
@@ -90,7 +93,7 @@ class EditRun:
         self.editor = Editor(base, config, extra_pool=extra_pool, texts=texts)
         self.editor.check([r for r in stream.records if r.id not in stream.superseded])
         self.site = self.editor.site
-        self.open: OpenShard | None = None
+        self.open: tuple[OpenShard, ...] = ()
         self._prepared = False
         ensure_writable(out)
         self.folder = self._take_up(out)
@@ -98,16 +101,15 @@ class EditRun:
     def __iter__(self) -> Iterator[Progress]:
         """Learn what is missing, yielding progress; finished shards are on disk before they are reported.
 
-        Between two steps `open` is the shard being learned, None at the end.
+        Between two steps `open` are the shards being learned, none at the end.
         """
         total, done = len(self.stream.records), 0
         with self.folder.lock():
-            for index, records in self.slices.items():
-                for arrived in self.learn_shard(index):
+            for group in self.groups:
+                for arrived in self.learn_shards(group):
                     yield Progress(done + arrived, total)
-                done += len(records)
-                lines = self.folder.write_ledger()
-                yield Progress(done, total, tuple(e for e in lines if e["shard"] == index))
+                done += self.size(group)
+                yield Progress(done, total, self.written(group))
 
     def one_shard(self, index: int) -> Iterator[Progress]:
         """Learn one shard alone, whoever learns the others: the unit of work of a cluster.
@@ -120,44 +122,72 @@ class EditRun:
         Raises:
             OutputError: another process is learning this shard, or writes to the folder for long.
         """
-        records = self.slices[index]
-        for arrived in self.learn_shard(index):
-            yield Progress(arrived, len(records))
+        total = len(self.slices[index])
+        for arrived in self.learn_shards([index]):
+            yield Progress(arrived, total)
         with locked(self.folder.path, wait=_PATIENCE_S):
-            lines = self.folder.write_ledger()
-        yield Progress(len(records), len(records), tuple(e for e in lines if e["shard"] == index))
+            lines = self.written([index])
+        yield Progress(total, total, lines)
 
-    def learn_shard(self, index: int) -> Iterator[int]:
-        """Learn one shard and write it, yielding how many of its edits have arrived; nothing where it is there.
+    def learn_shards(self, group: Sequence[int]) -> Iterator[int]:
+        """Learn some shards at once and write them, yielding how many of their edits have arrived; nothing where they
+        are there.
 
         Raises:
-            OutputError: another process is learning it.
+            OutputError: another process is learning one of them.
         """
-        if self.folder.shard_path(index).exists():
-            self.folder.tidy(index)
+        if not self.is_missing(group):
+            for index in group:
+                self.folder.tidy(index)
             return
-        with self.folder.lock_shard(index):
-            if not self.folder.shard_path(index).exists():  # it may have come while the lock was taken
-                yield from self._learn(index)
+        with contextlib.ExitStack() as locks:
+            for index in group:
+                locks.enter_context(self.folder.lock_shard(index))
+            if self.is_missing(group):  # they may have come while the locks were taken
+                yield from self._learn(group)
 
-    def _learn(self, index: int) -> Iterator[int]:
+    def _learn(self, group: Sequence[int]) -> Iterator[int]:
         self.prepare()
-        partial = self.folder.partial_path(index)
-        superseded = self.settled.superseded
-        self.folder.note("begun", shard=index)
-        self.open = self.editor.open(index, self.stream, self.earlier, self._before(index))
-        written, cost = time.monotonic(), 0.0
-        for arrived in self.open.learn(self.slices[index], superseded, self._state(partial)):
-            self.folder.note("learned", shard=index, done=arrived)
+        for index in group:
+            self.folder.note("begun", shard=index)
+        states = self._states(group)
+        self.open = tuple(self.editor.open(i, self.stream, self.earlier, self._before(i)) for i in group)
+        learning = [s.learning(self.slices[s.index], self.settled.superseded, states.get(s.index)) for s in self.open]
+        written, cost, before = time.monotonic(), 0.0, (0,) * len(group)
+        for arrived in together(self.editor.upper, learning):
+            for index, n, old in zip(group, arrived, before, strict=True):
+                if n > old:
+                    self.folder.note("learned", shard=index, done=n)
             if self.checkpoints and time.monotonic() - written > _RARELY * cost:
                 started = time.monotonic()
-                save_tensors(partial, self.open.learner.state(), {"shard": index, "arrived": arrived})
+                self._write_down(arrived)
                 written = time.monotonic()
                 cost = written - started
-            yield arrived
-        self.open.shard().save(self.folder.shard_path(index))
-        self.folder.tidy(index)
-        self.open = None
+            before = arrived
+            yield sum(arrived)
+        for shard in self.open:
+            shard.shard().save(self.folder.shard_path(shard.index))
+        for index in group:  # not before all are there: those that were learned at once are taken up at once
+            self.folder.tidy(index)
+        self.open = ()
+
+    def _write_down(self, arrived: Sequence[int]) -> None:
+        """The state of the shards being learned, and how many of their edits have arrived, in one file."""
+        places = [s.index for s in self.open]
+        states = {f"{s.index}.{name}": t for s in self.open for name, t in s.learner.state().items()}
+        save_tensors(self.folder.partial_path(places[0]), states, {"shards": places, "arrived": list(arrived)})
+
+    def is_missing(self, group: Sequence[int]) -> bool:
+        """Whether one of these shards is still to be learned."""
+        return not all(self.folder.shard_path(i).exists() for i in group)
+
+    def size(self, group: Sequence[int]) -> int:
+        """How many edits these shards have."""
+        return sum(len(self.slices[i]) for i in group)
+
+    def written(self, group: Sequence[int]) -> tuple[dict[str, Any], ...]:
+        """The ledger's lines about these shards, the ledger being brought in line with all of them."""
+        return tuple(e for e in self.folder.write_ledger() if e["shard"] in group)
 
     def prepare(self) -> None:
         """The gate of the folder, which all shards share; worked out and written where there is none."""
@@ -185,6 +215,11 @@ class EditRun:
         """The records of each shard of this stream, by the shard's index in the folder."""
         first = sum(s["shards"] for s in self.folder.streams[: self._position])
         return dict(enumerate(slices(self.stream.records, self.config.shards), first))
+
+    @property
+    def groups(self) -> list[Sequence[int]]:
+        """The shards of this stream, those together that are learned at once."""
+        return groups(list(self.slices), self.config.shards_at_once)
 
     @cached_property
     def settled(self) -> Conflicts:
@@ -218,14 +253,22 @@ class EditRun:
         mine = [r for i, records in self.slices.items() if i < index for r in records]
         return [r for r in (*self.earlier, *mine) if r.id not in self.settled.superseded]
 
-    def _state(self, partial: Path) -> Mapping[str, Tensor] | None:
-        """The state of a shard in the making; None where there is none, or it cannot be read."""
+    def _states(self, group: Sequence[int]) -> dict[int, Mapping[str, Tensor]]:
+        """The states of shards in the making, by index; nothing where there are none, or they cannot be read."""
+        partial = self.folder.partial_path(group[0])
         if not self.checkpoints or not partial.exists():
-            return None
+            return {}
         try:
-            return load_tensors(partial)[0]
+            tensors, about = load_tensors(partial)
         except InputError:
-            return None
+            return {}
+        if about.get("shards") != list(group):
+            return {}
+        found: dict[int, dict[str, Tensor]] = {i: {} for i in group}
+        for name, t in tensors.items():
+            index, _, part = name.partition(".")
+            found[int(index)][part] = t
+        return dict(found)
 
     def _take_up(self, out: Path) -> RunFolder:
         """Start the run folder, add to it, or take up the same run where it stopped."""

@@ -96,10 +96,12 @@ class StreamEvaluation:
         self.base, self.protocol = base, protocol
         self.options = options or EvalOptions()
         self.how = how or MergeConfig()
-        self.run = EditRun(base, stream, config, out / "shards", checkpoints=protocol not in (FRESH, BOTH))
+        self.while_learning = protocol in (FRESH, BOTH)
+        if self.while_learning:  # what arrives is asked in the one memory that has just learned it
+            config = replace(config, shards_at_once=1)
+        self.run = EditRun(base, stream, config, out / "shards", checkpoints=not self.while_learning)
         self.stream = _without(stream, self.run.settled.superseded)
         self.path = out / "sm.safetensors"
-        self.while_learning = protocol in (FRESH, BOTH)
         self.fresh: list[Item] = []
         self.curve: list[dict[str, Any]] = []
         self.router = router_of(config, self.options)
@@ -150,14 +152,15 @@ class StreamEvaluation:
         started, waited = time.perf_counter(), 0.0
         for step in self.run:
             yield Progress("learning", step.done, step.total)
-            if self.run.open is None or not self.while_learning:
+            if not self.run.open or not self.while_learning:
                 continue
+            (shard,) = self.run.open
             paused = time.perf_counter()
-            yield from self._ask_arrived(asker, self.run.open, store)
+            yield from self._ask_arrived(asker, shard, store)
             if any(p <= step.done for p in goals):
                 goals = [p for p in goals if p > step.done]
-                yield from self._ask_all_so_far(asker, self.run.open, store, step.done)
-            self._note_end(self.run.open, store)
+                yield from self._ask_all_so_far(asker, shard, store, step.done)
+            self._note_end(shard, store)
             waited += time.perf_counter() - paused
         asker.seconds["learning"] = time.perf_counter() - started - waited
 

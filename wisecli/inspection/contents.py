@@ -17,7 +17,7 @@ from wisecli.inspection.ledger import counts, ledger_of
 from wisecli.inspection.source import MergedSource, RunSource
 from wisecli.memory.bits import SparseDelta
 from wisecli.memory.calibration import quantiles
-from wisecli.memory.files import load_manifest, load_tensors
+from wisecli.memory.files import load_tensors
 from wisecli.memory.shard import Shard
 from wisecli.memory.side_memory import FORMAT
 from wisecli.models.base import dtype_name
@@ -228,10 +228,10 @@ def describe_run(source: RunSource) -> RunContents:
 
 
 def _shard(source: RunSource, index: int) -> ShardFacts:
-    path, partial = source.run.shard_path(index), source.run.partial_path(index)
+    path = source.run.shard_path(index)
     if not path.exists():
-        arrived = load_manifest(partial).get("arrived", 0) if partial.exists() else 0
-        return ShardFacts(index, partial.exists(), edits=int(arrived))
+        arrived = source.run.arrived().get(index)
+        return ShardFacts(index, arrived is not None, edits=arrived or 0)
     shard = Shard.load(path)
     return ShardFacts(
         index=index,

@@ -25,7 +25,11 @@ def activation_indicator(a: Tensor, content: Tensor, delta: Tensor) -> Tensor:
 
 def indicator_of(side: Tensor, content: Tensor) -> Tensor:
     """The same [B] where a delta^T [B, T, D] is known already."""
-    per_token = side.float().norm(dim=-1)
+    return content_mean(side.float().norm(dim=-1), content)
+
+
+def content_mean(per_token: Tensor, content: Tensor) -> Tensor:
+    """The mean over content tokens [B] of something known of every token [B, T]."""
     weight = content.to(per_token)
     return (per_token * weight).sum(1) / weight.sum(1).clamp(min=1)
 

@@ -191,7 +191,16 @@ class RunFolder:
         return self.path / f"shard-{index:05d}.safetensors"
 
     def partial_path(self, index: int) -> Path:
+        """Where shards in the making are written down that are learned at once, this one being the first of them."""
         return self.path / f"partial-{index:05d}.safetensors"
+
+    def arrived(self) -> dict[int, int]:
+        """How many edits of each shard in the making have arrived, as it was last written down."""
+        found: dict[int, int] = {}
+        for partial in sorted(self.path.glob("partial-*.safetensors")):
+            about = load_manifest(partial)
+            found |= zip(about.get("shards", ()), about.get("arrived", ()), strict=True)
+        return found
 
     @property
     def streams(self) -> list[dict[str, Any]]:

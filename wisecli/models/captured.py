@@ -103,9 +103,13 @@ class StackedRows:
         """Whether logits [n, V] give every token of a row's target by argmax [B]."""
         return torch.stack([x.all() for x in (logits.argmax(-1) == self.targets).split(self.counts)])
 
+    def moved(self, delta: Tensor) -> Tensor:
+        """a delta^T at the real tokens of all rows, one after the other [N, D], under a delta [D, F]."""
+        return F.linear(self.a.to(delta.dtype), delta)
+
     def side(self, delta: Tensor) -> Tensor:
         """a delta^T [B, T, D] under a delta [D, F], worked out at the real tokens alone."""
-        return self.padded(F.linear(self.a.to(delta.dtype), delta))
+        return self.padded(self.moved(delta))
 
     def padded(self, x: Tensor) -> Tensor:
         """What is known of the real tokens of all rows, one after the other [N, D], as a batch [B, T, D]."""
