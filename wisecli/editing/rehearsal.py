@@ -303,20 +303,22 @@ class Rehearsal:
     def _consolidate(self, edits: int) -> Iterator[Step]:
         """Practise what does not hold, wherever in the shard it is.
 
-        Between rounds of steps the rows are looked at that may not hold any more, and all of them once those hold or no
-        fewer are left than before. Ends when everything holds, when the steps due to so many edits are spent, or
-        when `max_steps` of them helped nothing: edits that contradict one another in other words never hold together.
+        Between rounds of steps the rows are looked at that may not hold any more, and all of them once those hold, or,
+        every now and then, where no fewer are left than before. Ends when everything holds, when the steps due to so
+        many edits are spent, or when `max_steps` of them helped nothing: edits that contradict one another in other
+        words never hold together.
         """
         cap = math.ceil(self.config.max_steps * max(edits, 10) / 10)
         spent, fewest, reached, last = 0, len(self.rows) + 1, 0, len(self.rows) + 1
+        seldom, swept = _SWEPT * len(self.rows) / self.config.rows, 0
         while spent < cap:
             near = self._near()
             if not self.seen:
                 self._look(near)
             pending = self._pending()
-            if not len(pending) or len(pending) >= last:
+            if not len(pending) or (len(pending) >= last and spent - swept >= seldom):
                 self._sweep(near)
-                pending = self._pending()
+                pending, swept = self._pending(), spent
                 if len(pending) < fewest:
                     fewest, reached = len(pending), spent
                 if not len(pending) or spent - reached >= self.config.max_steps:
