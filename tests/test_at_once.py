@@ -25,7 +25,7 @@ from wisecli.editing.run import EditRun
 from wisecli.editing.steps import Arrived, Learning, Step, together
 from wisecli.inspection.contents import describe_run
 from wisecli.inspection.source import open_source
-from wisecli.memory.shard import Shard
+from wisecli.memory.shard import RunFolder, Shard
 from wisecli.models.base import Base
 
 COUNTRIES = ("France", "Spain", "Italy", "Norway", "Kenya", "Peru", "Malta", "Nepal")
@@ -64,7 +64,7 @@ def test_the_deltas_are_those_of_one_after_the_other(
     monkeypatch.setattr(published, "_FLAT", -1.0)
     base = Base(tiny_model(kind), tokenizer, kind)
     config = replace(CONFIG, schedule=schedule)
-    alone, several = learned(base, config), learned(base, replace(config, shards_at_once=at_once))
+    alone, several = (learned(base, replace(config, shards_at_once=n)) for n in (1, at_once))
     for one, other in zip(alone, several, strict=True):
         assert one.delta.values.abs().max() > 1e-3
         torch.testing.assert_close(other.delta.dense(), one.delta.dense(), atol=1e-5, rtol=1e-4)
@@ -76,7 +76,7 @@ def test_the_deltas_are_those_of_one_after_the_other(
 def test_shards_that_are_quiet_on_earlier_ones_may_be_learned_at_once(tiny_model: Any, tokenizer: Any) -> None:
     base = Base(tiny_model("llama"), tokenizer, "tiny")
     config = replace(CONFIG, replay=True, dropout=0.0, max_steps=4)
-    alone, several = learned(base, config), learned(base, replace(config, shards_at_once=3))
+    alone, several = (learned(base, replace(config, shards_at_once=n)) for n in (1, 3))
     for one, other in zip(alone, several, strict=True):
         torch.testing.assert_close(other.delta.dense(), one.delta.dense(), atol=1e-5, rtol=1e-4)
 
@@ -165,3 +165,28 @@ def test_the_command_learns_shards_at_once_and_goes_on_as_it_began(
     capsys.readouterr()
     assert main([*told, "--shards-at-once", "3"]) == 1
     assert "config.shards_at_once was 2 and is now 3" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_goes_on_as_it_began_where_nobody_says_otherwise(
+    tiny_model_dir: Path, edits_file: Path, tmp_path: Path
+) -> None:
+    """A shard learned alone as a job of a cluster, the others by the plain command: each for itself, as that job."""
+    out = tmp_path / "out"
+    told = ["edit", str(edits_file), "--model", str(tiny_model_dir), "--out", str(out), "--max-steps", "4", "-q"]
+    assert main([*told, "--shard", "2/3"]) == 0
+    assert RunFolder.open(out).run["config"]["shards_at_once"] == 1
+    assert main([*told, "--shards", "3"]) == 0
+    RunFolder.open(out).check_finished()
+    whole = [*told[:5], str(tmp_path / "whole"), *told[6:], "--shards", "3", "--shards-at-once", "1"]
+    assert main(whole) == 0
+    for i in range(3):
+        name = f"shard-{i:05d}.safetensors"
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_it_is_said_where_jobs_have_nothing_to_do(
+    tiny_model_dir: Path, edits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["edit", str(edits_file), "--model", str(tiny_model_dir), "--out", str(tmp_path / "out"), "--shards", "2"]
+    assert main([*told, "--max-steps", "2", "--contexts", "0", "--jobs", "2"]) == 0
+    assert "2 shards, 2 at once, keep 1 of 2 jobs busy" in " ".join(capsys.readouterr().err.split())

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,11 +55,8 @@ def edit(
     jobs: Annotated[int, typer.Option("--jobs", help="Shards learned side by side, each in its own process.")] = 1,
     shards_at_once: Annotated[
         int,
-        typer.Option(
-            help="Shards learned at once in one process, the rows of their steps in one batch: on an accelerator a "
-            "step of several costs little more than a step of one."
-        ),
-    ] = 1,
+        typer.Option(help="Shards that one process learns side by side, the rows of their steps in one batch."),
+    ] = 2,
     mask_density: Annotated[float, typer.Option(help="Share of trainable entries per shard.")] = 0.2,
     schedule: Annotated[
         str, typer.Option(help="rehearsal, or published: the paper's, one edit after the other.")
@@ -126,7 +124,7 @@ def edit(
         if jobs < 1:
             raise UsageError(f"--jobs must be at least 1, not {jobs}.")
         count, older = _count_or_run(ctx, shards)
-        unit, count = _unit(shard, count, older, jobs)
+        unit, count = _unit(shard, count, older, jobs, shards_at_once if _given(ctx, "shards_at_once") else 1)
         located, stream = read_dataset(edits, limit)
         _report_clashes(sink, stream)
         more = opt.read_pool(pool)
@@ -151,13 +149,11 @@ def edit(
             max_steps=max_steps,
             lr=lr,
         )
-        if unit is not None and (settings["shards_at_once"] or 1) > 1:
-            raise UsageError(
-                "--shard learns one shard: there are no others to learn at once.", hint="Leave --shards-at-once out."
-            )
         if older is not None:
             out = older.path
             wanted, settings, texts = _as_before(ctx, older, len(stream), wanted, settings)
+        elif not _given(ctx, "shards_at_once"):
+            settings["shards_at_once"] = _at_once(out, settings, unit)
         ensure_writable(out)
         from wisecli.editing.run import EditRun
         from wisecli.models.base import load_base
@@ -202,7 +198,9 @@ def _count_or_run(ctx: typer.Context, shards: str | None) -> tuple[int | None, R
         return None, RunFolder.open(Path(shards))
 
 
-def _unit(shard: str | None, count: int | None, older: RunFolder | None, jobs: int) -> tuple[int | None, int | None]:
+def _unit(
+    shard: str | None, count: int | None, older: RunFolder | None, jobs: int, at_once: int
+) -> tuple[int | None, int | None]:
     """The one shard that --shard asks for, from 0, and the number of shards it speaks of."""
     if shard is None:
         return None, count
@@ -218,6 +216,8 @@ def _unit(shard: str | None, count: int | None, older: RunFolder | None, jobs: i
         raise UsageError(f"--shard {shard} speaks of {of} shards, --shards of {count}.", hint="Leave --shards out.")
     if jobs != 1:
         raise UsageError("--shard learns one shard: there is nothing for --jobs to do.", hint="Leave --jobs out.")
+    if at_once != 1:
+        raise UsageError("--shard learns one shard, none beside it.", hint="Leave --shards-at-once out.")
     return index - 1, of
 
 
@@ -236,6 +236,18 @@ def _as_before(
     loading = {k: v if _given(ctx, k) else recorded[k] for k, v in loading.items()}
     known = as_before(older, edits)
     return loading, {k: settings[k] if k in settings and _given(ctx, k) else v for k, v in known.items()}, run["texts"]
+
+
+def _at_once(out: Path, settings: Mapping[str, Any], unit: int | None) -> int:
+    """How many shards are learned at once where nobody said: as many as when the run began, or one that is alone."""
+    from contextlib import suppress
+
+    from wisecli.errors import InputError
+    from wisecli.memory.shard import RunFolder
+
+    with suppress(InputError):  # no run there, or one that is refused later
+        return int(RunFolder.open(out).run["config"].get("shards_at_once", 1))
+    return 1 if unit is not None else int(settings["shards_at_once"])
 
 
 def _lowest(settings: dict[str, Any]) -> int | str:
@@ -305,7 +317,7 @@ def _predict(
     sink.line(f"memory: about {_mib(found.total)} ({said})")
     if found.host:
         sink.line(f"        and {_mib(found.host)} of the machine's")
-    together = max(1, min(jobs, config.shards))
+    together = max(1, min(jobs, ceil(config.shards / config.shards_at_once)))
     if together > 1:
         sink.line(f"        in each of {together} processes, about {_mib(together * found.total)} together")
     there = room(where)
@@ -349,6 +361,11 @@ def _learn(
 ) -> list[dict[str, Any]]:
     from wisecli.editing.parallel import learn_side_by_side
 
+    if len(run.groups) < min(jobs, run.config.shards):
+        sink.warn(
+            f"{run.config.shards} shards, {run.config.shards_at_once} at once, keep {len(run.groups)} of {jobs} jobs "
+            "busy; --shards-at-once 1 gives each shard a job"
+        )
     entries: list[dict[str, Any]] = []
     steps = learn_side_by_side(run, jobs, loading) if unit is None else run.one_shard(unit)
     if run.finished:

@@ -19,7 +19,7 @@ from wisecli.data.pool import Pool
 from wisecli.data.stream import EditStream
 from wisecli.doctor.report import Figure, Learned
 from wisecli.editing.config import EditConfig
-from wisecli.editing.editor import Editor, slices
+from wisecli.editing.editor import Editor
 from wisecli.editing.merge import merge_shards
 from wisecli.evaluation.asking import Asker, Progress, Steps
 from wisecli.evaluation.metrics import auc, mean, prefers
@@ -53,14 +53,10 @@ def learn_probes(base: Base, config: EditConfig, stream: EditStream, pool: Pool,
 
 
 def _learn(editor: Editor, stream: EditStream, stage: str) -> Steps[list[Shard]]:
-    shards, done, total = [], 0, len(stream)
-    yield Progress(stage, 0, total)
-    for index, records in enumerate(slices(stream.records, editor.config.shards)):
-        shard = editor.open(index, stream)
-        for arrived in shard.learn(records):
-            yield Progress(stage, done + arrived, total)
-        shards.append(shard.shard())
-        done += len(records)
+    shards: list[Shard] = []
+    yield Progress(stage, 0, len(stream))
+    for arrived in editor.learning(stream, {}, shards):
+        yield Progress(stage, arrived, len(stream))
     return shards
 
 

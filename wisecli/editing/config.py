@@ -59,7 +59,7 @@ class EditConfig:
     layer: int | str = "auto"
     module: str | None = None
     shards: int = 2
-    shards_at_once: int = 1
+    shards_at_once: int = 2
     mask_density: float = 0.2
     seed: int = 0
     schedule: str = "rehearsal"

@@ -189,19 +189,29 @@ class Editor:
 
     def learn(self, stream: EditStream) -> list[Shard]:
         """The shards of a whole stream, in memory."""
-        superseded = self.settle(stream).superseded
-        before: list[EditRecord] = []
         shards: list[Shard] = []
+        for _ in self.learning(stream, self.settle(stream).superseded, shards):
+            pass
+        return shards
+
+    def learning(self, stream: EditStream, superseded: Mapping[str, str], shards: list[Shard]) -> Iterator[int]:
+        """The same, yielding how many edits have arrived.
+
+        Args:
+            superseded: edits of the stream that are not learned, each with the one that takes its place.
+            shards: those learned are put here.
+        """
+        before: list[EditRecord] = []
         for group in groups(list(enumerate(slices(stream.records, self.config.shards))), self.config.shards_at_once):
             some, learning = [], []
             for index, records in group:
                 some.append(self.open(index, stream, before=[r for r in before if r.id not in superseded]))
                 learning.append(some[-1].learning(records, superseded))
                 before += records
-            for _ in together(self.upper, learning):
-                pass
+            done = sum(len(shard.edits) for shard in shards)
+            for arrived in together(self.upper, learning):
+                yield done + sum(arrived)
             shards += [shard.shard() for shard in some]
-        return shards
 
     def describe(self, stream: EditStream) -> dict[str, Any]:
         """The content of run.json: all that decides the bytes of the shards."""
