@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from wisecli.data.records import EditRecord
 from wisecli.editing.batch import CapturedEdit, edit_rows
 from wisecli.editing.config import EditConfig
 from wisecli.editing.rehearsal import Outcome
+from wisecli.editing.steps import Arrived, Learning
 from wisecli.models.base import Base
 from wisecli.models.prompts import Batch, PromptEncoder, Row
 from wisecli.models.site import EditSite
@@ -98,12 +99,11 @@ class Reference:
 
     # -- the same interface as `Published`, so that shards can be made of it -------------------------------------------
 
-    def learn(self, edits: Sequence[CapturedEdit]) -> Generator[int, None, list[Outcome]]:
-        """Learn edits in order; of what was captured of them only the records are looked at."""
+    def learning(self, edits: Sequence[CapturedEdit]) -> Learning:
+        """Learn edits in order; of what was captured of them only the records are looked at, and no step is shared."""
         for i, edit in enumerate(edits):
             self.edit(edit.record)
-            yield i + 1
-        return self.outcomes()
+            yield Arrived(i + 1, i + 1 == len(edits))
 
     def outcomes(self) -> list[Outcome]:
         """How it went for each edit, asked again now."""

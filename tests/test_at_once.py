@@ -167,26 +167,75 @@ def test_the_command_learns_shards_at_once_and_goes_on_as_it_began(
     assert "config.shards_at_once was 2 and is now 3" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_run_goes_on_as_it_began_where_nobody_says_otherwise(
-    tiny_model_dir: Path, edits_file: Path, tmp_path: Path
+def killed_at_the_second_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the disk take one more shard, and no other."""
+    save, saved = Shard.save, list[Path]()
+
+    def once(shard: Shard, path: Path) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(shard, path)
+
+    monkeypatch.setattr(Shard, "save", once)
+
+
+@pytest.mark.parametrize("schedule", ["rehearsal", "published"])
+def test_a_kill_between_two_shards_costs_no_byte(
+    tiny_model: Any, tokenizer: Any, tmp_path: Path, schedule: str
 ) -> None:
-    """A shard learned alone as a job of a cluster, the others by the plain command: each for itself, as that job."""
-    out = tmp_path / "out"
-    told = ["edit", str(edits_file), "--model", str(tiny_model_dir), "--out", str(out), "--max-steps", "4", "-q"]
-    assert main([*told, "--shard", "2/3"]) == 0
-    assert RunFolder.open(out).run["config"]["shards_at_once"] == 1
-    assert main([*told, "--shards", "3"]) == 0
-    RunFolder.open(out).check_finished()
-    whole = [*told[:5], str(tmp_path / "whole"), *told[6:], "--shards", "3", "--shards-at-once", "1"]
-    assert main(whole) == 0
-    for i in range(3):
+    base = Base(tiny_model("llama"), tokenizer, "tiny")
+    config = replace(CONFIG, schedule=schedule, shards=2, shards_at_once=2, max_steps=4)
+    list(EditRun(base, stream(5), config, tmp_path / "whole"))
+    broken = EditRun(base, stream(5), config, tmp_path / "broken")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "_RARELY", 0)
+        killed_at_the_second_shard(patched)
+        with pytest.raises(KeyboardInterrupt):
+            list(broken)
+    taken_up = EditRun(base, stream(5), config, tmp_path / "broken")
+    assert taken_up.finished == 1
+    assert [p.done for p in taken_up] == [5]  # nothing is learned again but what comes after the last block
+    for i in range(2):
         name = f"shard-{i:05d}.safetensors"
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list((tmp_path / "broken").glob("partial-*"))
+
+
+def test_a_shard_that_is_there_is_not_written_over(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """It may have been rebuilt since without an edit that was withdrawn."""
+    base = Base(tiny_model("llama"), tokenizer, "tiny")
+    config = replace(CONFIG, shards=2, shards_at_once=2, max_steps=2)
+    list(EditRun(base, stream(4), config, tmp_path))
+    first, second = (tmp_path / f"shard-{i:05d}.safetensors" for i in range(2))
+    rebuilt = replace(Shard.load(first), details={"rebuilt": True})
+    rebuilt.save(first)
+    before = second.read_bytes()
+    second.unlink()
+    list(EditRun(base, stream(4), config, tmp_path))
+    assert second.read_bytes() == before
+    assert Shard.load(first).details == {"rebuilt": True}
+
+
+def test_a_shard_without_an_edit_in_force_is_learned_beside_others(
+    tiny_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    base = Base(tiny_model("llama"), tokenizer, "tiny")
+    old = stream(2).records
+    again = [replace(r, id=f"{r.id}-again", target="Quito") for r in old]
+    some = EditStream.of([*old, *again])
+    assert set(some.superseded) == {"e0", "e1"}
+    config = replace(CONFIG, shards=2, shards_at_once=2, max_steps=2)
+    assert [p.done for p in EditRun(base, some, config, tmp_path)] == [2, 4]
+    outcomes = [e["outcome"] for e in RunFolder.open(tmp_path).entries()]
+    assert outcomes[:2] == ["superseded", "superseded"]
+    assert "superseded" not in outcomes[2:]
 
 
 def test_it_is_said_where_jobs_have_nothing_to_do(
     tiny_model_dir: Path, edits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = ["edit", str(edits_file), "--model", str(tiny_model_dir), "--out", str(tmp_path / "out"), "--shards", "2"]
+    told += ["--shards-at-once", "2"]
     assert main([*told, "--max-steps", "2", "--contexts", "0", "--jobs", "2"]) == 0
     assert "2 shards, 2 at once, keep 1 of 2 jobs busy" in " ".join(capsys.readouterr().err.split())

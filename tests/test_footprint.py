@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def told(base: Any, *, n: int = 8, dtype: torch.dtype = torch.float32, device: torch.device = CPU, **more: Any) -> Any:
-    config = EditConfig(**{k: more.pop(k) for k in ("rewording", "shards", "rows") if k in more})
+    config = EditConfig(**{k: more.pop(k) for k in ("rewording", "shards", "shards_at_once", "rows") if k in more})
     return predict(base, records(n), config, dtype=dtype, device=device, **more)
 
 
@@ -59,6 +59,13 @@ def test_the_parts_are_what_they_say(tiny_model_dir: Path, tiny_model: Callable[
     packed = told(base, quantize=4)
     linear = LAYERS * (3 * FFN * WIDTH + 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2)
     assert packed.base == 4 * (numbers - linear) + linear // 2 + linear // 16
+
+
+def test_a_group_of_fewer_shards_with_longer_texts_hides_no_other(tiny_model_dir: Path) -> None:
+    base, config = outline(str(tiny_model_dir)), EditConfig(rewording=0.0, contexts=0, shards=3, shards_at_once=2)
+    some = [*records(4), *(replace(r, prompt=" ".join([r.prompt] * 3)) for r in records(2))]
+    found = predict(base, some, config, dtype=torch.float32, device=torch.device("cpu"))
+    assert found.delta == 2 * 7 * 4 * FFN * WIDTH
 
 
 def test_with_the_lower_layers_off_the_device_both_sides_are_told(tiny_model_dir: Path) -> None:

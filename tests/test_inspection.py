@@ -317,6 +317,7 @@ def test_a_run_is_described_finished_or_not(folder: Path, tmp_path: Path) -> Non
     shutil.copytree(folder, tmp_path / "cut")
     (tmp_path / "cut" / "shard-00001.safetensors").unlink()
     save_tensors(tmp_path / "cut" / "partial-00001.safetensors", {}, {"shards": [1, 2], "arrived": [2, 1]})
+    (tmp_path / "cut" / "partial-00002.safetensors").write_bytes(b"torn")
     cut = describe_run(open_source(tmp_path / "cut"))  # type: ignore[arg-type]
     assert (cut.finished, cut.shards[1].partial, cut.shards[1].edits) == (1, True, 2)
 

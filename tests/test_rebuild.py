@@ -236,7 +236,7 @@ def test_the_unit_of_the_command_line(
     edits = tmp_path / "edits.jsonl"
     edits.write_text("".join(json.dumps(r.to_json()) + "\n" for r in records(6)))
     command = ["edit", str(edits), "--model", str(tiny_model_dir), "--max-steps", "6", "--contexts", "1"]
-    assert main([*command, "--out", str(tmp_path / "whole"), "--shards", "2", "--shards-at-once", "1", "-q"]) == 0
+    assert main([*command, "--out", str(tmp_path / "whole"), "--shards", "2", "-q"]) == 0
     out = ["--out", str(tmp_path / "units")]
     assert main([*command, *out, "--shard", "2/2"]) == 0
     assert "To be learned before merging: 1/2" in " ".join(capsys.readouterr().out.split())

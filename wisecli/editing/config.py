@@ -32,8 +32,8 @@ class EditConfig:
         layer: decoder layer to edit, or "auto".
         module: module path that overrides the search in that layer.
         shards: into how many consecutive slices the stream is cut, each with its own mask and delta.
-        shards_at_once: shards that are learned side by side, the rows of their steps in one batch; their deltas are
-            those of one after the other, but for rounding.
+        shards_at_once: shards that are learned side by side, the rows of their steps in one batch. Their deltas are
+            those of one after the other, but for what rounding does to a loss close to a limit.
         mask_density: share of trainable entries per shard (rho).
         seed: of masks, context choice and minibatches.
         schedule: "rehearsal" (default) or "published", the paper's one-edit-after-the-other SGD.
@@ -59,7 +59,7 @@ class EditConfig:
     layer: int | str = "auto"
     module: str | None = None
     shards: int = 2
-    shards_at_once: int = 2
+    shards_at_once: int = 1
     mask_density: float = 0.2
     seed: int = 0
     schedule: str = "rehearsal"

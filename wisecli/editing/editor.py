@@ -202,7 +202,7 @@ class Editor:
             shards: those learned are put here.
         """
         before: list[EditRecord] = []
-        for group in groups(list(enumerate(slices(stream.records, self.config.shards))), self.config.shards_at_once):
+        for group in grouped(list(enumerate(slices(stream.records, self.config.shards))), self.config.shards_at_once):
             some, learning = [], []
             for index, records in group:
                 some.append(self.open(index, stream, before=[r for r in before if r.id not in superseded]))
@@ -302,8 +302,8 @@ class OpenShard:
             if isinstance(got, Step):
                 yield got
                 continue
-            here = places[got.edits - 1] + 1 if got.edits else 0
-            self.records, self.captured = list(records[:here]), captured[: got.edits]
+            here = places[got.count - 1] + 1 if got.count else 0
+            self.records, self.captured = list(records[:here]), captured[: got.count]
             yield Arrived(here, got.all)
         self.records, self.captured = list(records), captured
 
@@ -388,7 +388,7 @@ def every_prompt(stream: EditStream) -> set[str]:
     return {text for r in stream.records for text in (r.prompt, *r.rephrases, *(p.prompt for p in r.locality))}
 
 
-def groups(items: Sequence[T], size: int) -> list[Sequence[T]]:
+def grouped(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Consecutive groups of so many, the last perhaps of fewer."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 

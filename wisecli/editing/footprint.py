@@ -27,7 +27,7 @@ from wisecli.data.pool import Pool
 from wisecli.data.records import EditRecord
 from wisecli.editing.batch import ROWS, TOKENS, edit_rows
 from wisecli.editing.config import EditConfig
-from wisecli.editing.editor import groups, slices
+from wisecli.editing.editor import grouped, slices
 from wisecli.editing.rewording import wordings
 from wisecli.models.base import Base
 from wisecli.models.prompts import PromptEncoder, Row
@@ -135,15 +135,16 @@ def predict(
     shape = _Shape(site.d_in, site.d_out, text.vocab_size, len(layers) - site.layer - 1, size)
     weights = _weights(base.model, size, quantize)
     below = sum(_weights(m, size, quantize) for m in layers[: site.layer]) if lower_off else 0
-    parts = _rows_of_largest_group(encoder, records, config)
+    groups = _rows_of_groups(encoder, records, config)
     reworded = [encoder.pair(p, answer) for p, answer in wordings()] if config.rewording else []
     entries = len((pool or Pool.of()).prompts) * site.d_out * 8
     on_cpu = device.type == "cpu"
     gate = _LIBRARIES + int(_GATE * entries)
     kept = _LIBRARIES + int(_GATE_KEPT * entries) if on_cpu else 0
     moves = _moves(shape, reworded)
-    delta, captured = len(parts) * _DELTAS * site.d_in * site.d_out * 4, sum(map(shape.captured, parts)) + moves
-    step = _learning(shape, parts, config)
+    one = _DELTAS * site.d_in * site.d_out * 4
+    taken = [(len(g) * one, sum(map(shape.captured, g)) + moves, _learning(shape, g, config)) for g in groups]
+    delta, captured, step = max(taken, key=sum)
     casting = _casting(base, dtype, quantize)
     learning = kept + delta + captured + step
     phases = [learning, kept + 3 * moves + _passing(shape, reworded), gate if on_cpu else entries // 2]
@@ -210,16 +211,15 @@ def _passing(shape: _Shape, rows: Sequence[Row]) -> int:
     return shape.passing(sorted(rows, key=len)[-_BATCH:])
 
 
-def _rows_of_largest_group(
+def _rows_of_groups(
     encoder: PromptEncoder, records: Sequence[EditRecord], config: EditConfig
-) -> Sequence[list[Row]]:
-    """Token rows of the shards with most tokens that are learned at once, as far as the stream alone tells."""
+) -> list[Sequence[list[Row]]]:
+    """Token rows of every shard, those together that are learned at once, as far as the stream alone tells."""
     shards = [
         [row for r in part for row in edit_rows(encoder, r, config.contexts, config.seed)]
         for part in slices(records, config.shards)
     ]
-    together = groups(shards, config.shards_at_once)
-    return max(together, key=lambda parts: sum(len(row) for rows in parts for row in rows))
+    return grouped(shards, config.shards_at_once)
 
 
 def _padded(rows: Sequence[Row]) -> int:

@@ -59,6 +59,8 @@ class Published:
 
     def learning(self, edits: Sequence[CapturedEdit]) -> Learning:
         """The same, giving out the steps to be taken."""
+        if len(self.steps) == len(edits):
+            yield Arrived(len(edits), True)
         for i in range(len(self.steps), len(edits)):
             yield from self._arriving(edits[i])
             yield Arrived(i + 1, i + 1 == len(edits))
@@ -70,9 +72,7 @@ class Published:
 
     def replace(self, i: int, edit: CapturedEdit) -> None:
         """Learn an edit that contradicts the i-th, which then no longer counts."""
-        self.steps[i] = 0
-        take_all(self.upper, self._edit(i, edit))
-        self.edits[i] = edit
+        take_all(self.upper, self._replacing(i, edit))
 
     def drop(self, i: int) -> None:
         """The i-th edit counts no longer; those behind it move up."""
@@ -107,21 +107,24 @@ class Published:
         return self.margins.pool[i % len(self.margins.pool)]
 
     def _arriving(self, edit: CapturedEdit) -> Iterator[Step]:
-        self.steps.append(0)
-        yield from self._edit(len(self.steps) - 1, edit)
+        self.steps.append((yield from self._edit(edit, self._irrelevant(edit, len(self.steps)))))
         self.edits.append(edit)
 
-    def _edit(self, i: int, edit: CapturedEdit) -> Iterator[Step]:
-        """The steps of an edit in the i-th place, which are counted there."""
-        other = self._irrelevant(edit, i)
+    def _replacing(self, i: int, edit: CapturedEdit) -> Iterator[Step]:
+        self.steps[i] = yield from self._edit(edit, self._irrelevant(edit, i))
+        self.edits[i] = edit
+
+    def _edit(self, edit: CapturedEdit, other: CapturedRow) -> Generator[Step, None, int]:
+        """The steps of an edit; returns how many were taken."""
         optimiser = torch.optim.SGD([self.delta], lr=self.config.lr or DEFAULT_LR)
         rows, n = StackedRows.of(edit.rows), sum(len(r.ids) for r in edit.rows)
         a = torch.cat([rows.a, other.a]).float()
         share = torch.tensor([1 / (c * len(rows.counts)) for c in rows.counts for _ in range(c)], device=a.device)
         losses = [float("inf")]
-        for _ in range(self.config.max_steps):
+        for step in range(self.config.max_steps):
             inside, outside = F.linear(a, self.delta).split([n, len(other.ids)])  # one product for both
-            d_in = content_mean(rows.padded(inside.norm(dim=-1, keepdim=True))[..., 0], rows.content)
+            sizes = rows.padded(inside.norm(dim=-1, keepdim=True)).squeeze(-1)
+            d_in = content_mean(sizes, rows.content)
             margin = self.margins.loss(d_in, indicator_of(outside[None], other.content[None]))
 
             def loss(logits: Tensor, margin: Tensor = margin) -> Tensor | None:
@@ -135,12 +138,12 @@ class Published:
             optimiser.zero_grad()
             yield Step(edit.rows, rows, inside, loss)
             if _is_over(*losses[-2:]):
-                return
+                return step
             self.delta.grad.mul_(self.mask)  # type: ignore[union-attr]
             optimiser.step()
-            self.steps[i] += 1
             with torch.no_grad():
                 self.delta.clamp_(-_CLAMP, _CLAMP)
+        return self.config.max_steps
 
     @torch.no_grad()
     def _outcome(self, edit: CapturedEdit, steps: int) -> Outcome:

@@ -135,6 +135,7 @@ def _spans(run: RunFolder) -> dict[int, float]:
             continue
         index, now = event["shard"], datetime.fromisoformat(event["time"])
         if event["event"] == "learned" and index in last:
-            spans[index] = spans.get(index, 0.0) + (now - last[index]).total_seconds()
+            taken = (now - last[index]).total_seconds() / event.get("at_once", 1)  # the others' share of the time
+            spans[index] = spans.get(index, 0.0) + taken
         last[index] = now
     return spans

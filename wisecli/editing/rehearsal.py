@@ -32,7 +32,7 @@ from wisecli.editing.steps import Arrived, Learning, Step, take_all, together
 from wisecli.models.captured import CapturedRow, StackedRows
 from wisecli.models.upper import UpperModel
 
-DEFAULT_LR = 0.035
+DEFAULT_LR = 0.07
 MOMENTUM = 0.9
 _ROUND = 6  # least number of steps between two sweeps
 _SWEPT = 0.3  # steps between two sweeps at least, per step's worth of rows swept: else sweeps outweigh steps
@@ -405,11 +405,8 @@ class Rehearsal:
         p = self.config.dropout
         if p == 0:
             return rows
-        n, least = rows.a.numel(), round(p * 2**16) - 2**15
-        drawn = torch.empty(-(-n // 4), dtype=torch.int64, device=rows.a.device)
-        drawn.random_(-(2**63), None, generator=self.noise)  # of all 64 bits, for four numbers of 16
-        keep = drawn.view(torch.int16)[:n].view_as(rows.a) >= min(least, 2**15 - 1)
-        return replace(rows, a=keep.to(torch.float32).mul_(rows.a).div_(1 - p))
+        keep = torch.rand(rows.a.shape, generator=self.noise, device=rows.a.device).ge_(p)
+        return replace(rows, a=keep.mul_(rows.a).div_(1 - p))
 
     def _sweep(self, just_seen: Sequence[int] = ()) -> None:
         """See how all rows fare under the delta as it is, but those of which it is known."""

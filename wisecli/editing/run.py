@@ -27,7 +27,7 @@ from wisecli.data.records import EditRecord
 from wisecli.data.stream import EditStream
 from wisecli.editing.config import EditConfig
 from wisecli.editing.conflicts import Conflicts
-from wisecli.editing.editor import Editor, OpenShard, describe_stream, groups, slices
+from wisecli.editing.editor import Editor, OpenShard, describe_stream, grouped, slices
 from wisecli.editing.steps import together
 from wisecli.errors import InputError, OutputError, UsageError
 from wisecli.memory.files import ensure_writable, load_tensors, save_tensors
@@ -150,14 +150,15 @@ class EditRun:
         self.prepare()
         for index in group:
             self.folder.note("begun", shard=index)
-        states = self._states(group)
+        states, before = self._taken_up(group)
         self.open = tuple(self.editor.open(i, self.stream, self.earlier, self._before(i)) for i in group)
+        beside = {"at_once": len(group)} if len(group) > 1 else {}
         learning = [s.learning(self.slices[s.index], self.settled.superseded, states.get(s.index)) for s in self.open]
-        written, cost, before = time.monotonic(), 0.0, (0,) * len(group)
+        written, cost = time.monotonic(), 0.0
         for arrived in together(self.editor.upper, learning):
             for index, n, old in zip(group, arrived, before, strict=True):
                 if n > old:
-                    self.folder.note("learned", shard=index, done=n)
+                    self.folder.note("learned", shard=index, done=n, **beside)
             if self.checkpoints and time.monotonic() - written > _RARELY * cost:
                 started = time.monotonic()
                 self._write_down(arrived)
@@ -165,8 +166,9 @@ class EditRun:
                 cost = written - started
             before = arrived
             yield sum(arrived)
-        for shard in self.open:
-            shard.shard().save(self.folder.shard_path(shard.index))
+        for shard in [s.shard() for s in self.open]:
+            if not self.folder.shard_path(shard.index).exists():  # one that is there may have been rebuilt since
+                shard.save(self.folder.shard_path(shard.index))
         for index in group:  # not before all are there: those that were learned at once are taken up at once
             self.folder.tidy(index)
         self.open = ()
@@ -219,7 +221,7 @@ class EditRun:
     @property
     def groups(self) -> list[Sequence[int]]:
         """The shards of this stream, those together that are learned at once."""
-        return groups(list(self.slices), self.config.shards_at_once)
+        return grouped(list(self.slices), self.config.shards_at_once)
 
     @cached_property
     def settled(self) -> Conflicts:
@@ -253,22 +255,26 @@ class EditRun:
         mine = [r for i, records in self.slices.items() if i < index for r in records]
         return [r for r in (*self.earlier, *mine) if r.id not in self.settled.superseded]
 
-    def _states(self, group: Sequence[int]) -> dict[int, Mapping[str, Tensor]]:
-        """The states of shards in the making, by index; nothing where there are none, or they cannot be read."""
+    def _taken_up(self, group: Sequence[int]) -> tuple[dict[int, Mapping[str, Tensor]], Sequence[int]]:
+        """The states of shards in the making, by index, and how many edits of each had arrived.
+
+        Nothing where there are none, they cannot be read, or others were learned together.
+        """
+        nothing: tuple[dict[int, Mapping[str, Tensor]], Sequence[int]] = {}, (0,) * len(group)
         partial = self.folder.partial_path(group[0])
         if not self.checkpoints or not partial.exists():
-            return {}
+            return nothing
         try:
             tensors, about = load_tensors(partial)
         except InputError:
-            return {}
+            return nothing
         if about.get("shards") != list(group):
-            return {}
+            return nothing
         found: dict[int, dict[str, Tensor]] = {i: {} for i in group}
         for name, t in tensors.items():
             index, _, part = name.partition(".")
             found[int(index)][part] = t
-        return dict(found)
+        return dict(found), about["arrived"]
 
     def _take_up(self, out: Path) -> RunFolder:
         """Start the run folder, add to it, or take up the same run where it stopped."""

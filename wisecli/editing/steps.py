@@ -3,7 +3,7 @@
 A learner is a generator. It yields a `Step` whenever one is due and goes on when that has been taken, its gradient
 being there; behind a block of edits it yields that those have `Arrived`. Learners that are driven together run the rows
 of their steps through the layers above as one batch. They share no parameters, so that the gradient of the sum of their
-losses is to each its own: their deltas are those of learning one after the other, but for rounding.
+losses is to each its own: their deltas are those of learning one after the other, but for what rounding does.
 
 Shapes: `N` real tokens of a step's rows, `n` its supervised positions, `D` model width, `V` vocabulary.
 """
@@ -39,9 +39,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Arrived:
-    """So many edits of a learner have arrived; whether these are all."""
+    """How many edits of a learner have arrived, and whether these are all."""
 
-    edits: int
+    count: int
     all: bool
 
 
@@ -70,7 +70,7 @@ def together(upper: UpperModel, learners: Sequence[Learning]) -> Iterator[tuple[
 
     Who has come to the end of a block waits for the others, and who has come to the end of its edits for the others'
     edits. So what is learned from there on follows from the learners' states alone, and learning may be interrupted and
-    taken up there. Yields, there, how many edits of each have arrived, if any have.
+    taken up there. Yields, there, how many edits of each have arrived, where a step was taken.
     """
     running = dict.fromkeys(range(len(learners)), Arrived(0, False))
     arrived = [0] * len(learners)
@@ -86,7 +86,7 @@ def together(upper: UpperModel, learners: Sequence[Learning]) -> Iterator[tuple[
                 elif got is None:
                     del running[i]
                 else:
-                    running[i], arrived[i] = got, got.edits
+                    running[i], arrived[i] = got, got.count
             if waiting:
                 take(upper, list(waiting.values()))
                 stepped = True

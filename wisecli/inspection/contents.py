@@ -215,11 +215,12 @@ def describe_run(source: RunSource) -> RunContents:
     if gate is not None:
         tried = {"trial_inside": gate.trial.inside, "trial_near": gate.trial.near}
         spreads = tuple(Spread("key", n, tuple(quantiles(t))) for n, t in tried.items() if len(t))
+    making = run.arrived()
     return RunContents(
         path=str(source.path),
         run=run.run,
         outcomes=counts(ledger_of(source)),
-        shards=tuple(_shard(source, i) for i in range(run.n_shards)),
+        shards=tuple(_shard(source, i, making) for i in range(run.n_shards)),
         pool=len(gate.pool) if gate else None,
         rank=gate.space.rank if gate else None,
         spreads=spreads,
@@ -227,11 +228,10 @@ def describe_run(source: RunSource) -> RunContents:
     )
 
 
-def _shard(source: RunSource, index: int) -> ShardFacts:
+def _shard(source: RunSource, index: int, making: Mapping[int, int]) -> ShardFacts:
     path = source.run.shard_path(index)
     if not path.exists():
-        arrived = source.run.arrived().get(index)
-        return ShardFacts(index, arrived is not None, edits=arrived or 0)
+        return ShardFacts(index, index in making, edits=making.get(index, 0))
     shard = Shard.load(path)
     return ShardFacts(
         index=index,

@@ -198,8 +198,10 @@ class RunFolder:
         """How many edits of each shard in the making have arrived, as it was last written down."""
         found: dict[int, int] = {}
         for partial in sorted(self.path.glob("partial-*.safetensors")):
-            about = load_manifest(partial)
-            found |= zip(about.get("shards", ()), about.get("arrived", ()), strict=True)
+            with contextlib.suppress(InputError):  # a torn one is begun anew
+                about = load_manifest(partial)
+                if isinstance(about.get("shards"), list):
+                    found |= zip(about["shards"], about["arrived"], strict=True)
         return found
 
     @property
