@@ -25,6 +25,7 @@ from wisecli.editing import run as run_module
 from wisecli.editing.config import EditConfig
 from wisecli.editing.merge import merge_run
 from wisecli.editing.parallel import learn_side_by_side
+from wisecli.editing.rewording import Rewording
 from wisecli.editing.run import EditRun
 from wisecli.errors import InputError, OutputError, UsageError
 from wisecli.memory.shard import Gate, RunFolder
@@ -286,6 +287,28 @@ def test_a_kept_gate_is_the_one_that_would_be_worked_out(
     nowhere = tmp_path / "file"
     nowhere.write_text("")
     assert learned(finish(begin(base, records(4), tmp_path / "fourth", cache=nowhere)).path) == plain
+
+
+def test_a_kept_rewording_is_the_one_that_would_be_measured(
+    tiny: Base, few_pool: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While learning and while merging, in this process and the next: both make an upper part of their own."""
+    cache = tmp_path / "cache"
+
+    def made(name: str, **options: Any) -> tuple[dict[str, bytes], str]:
+        folder = finish(begin(tiny, records(4), tmp_path / name, **options))
+        return learned(folder.path), merge_run(folder, base=tiny, **options).digest
+
+    plain = made("plain")
+    assert made("first", cache=cache) == plain
+    monkeypatch.setattr(Rewording, "measure", None)  # from here on it can only be read
+    assert made("second", cache=cache) == plain
+    (kept,) = (cache / "rewordings").iterdir()
+    monkeypatch.undo()
+    few_pool_prompts(monkeypatch)
+    kept.write_bytes(kept.read_bytes()[:50])
+    assert made("third", cache=cache) == plain
+    assert kept.stat().st_size > 50
 
 
 # -- several memories --------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def edit(
         append: add the edits to the run that `out` holds, with that run's settings where none are given.
         pool: more ordinary prompts to calibrate on; wordings of one question have tabs between them.
         texts: keep prompts and targets in the shards and the side memory.
-        cache: on the CPU, keep the gate of a base and a layer for the next run.
+        cache: on the CPU, keep what follows from a base and a layer for the next run.
         progress: called after each block of edits, and with the ledger's lines after each shard.
         settings: fields of `EditConfig`. Where they are not given, there is a shard for every 50 edits and two at
             least, and `chat` is whether the tokenizer has a chat template.
@@ -148,7 +148,7 @@ def edit(
         for step in run:
             if progress is not None:
                 progress(step)
-        return merge_run(run.folder, base=base)
+        return merge_run(run.folder, base=base, cache=run.cache)
 
 
 @_on_base

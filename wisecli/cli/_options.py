@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from wisecli.models.prompts import PromptEncoder
 
 
+Cache = Annotated[
+    bool,
+    typer.Option("--cache/--no-cache", help="On the CPU, keep what follows from a base and a layer for the next run."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path of what was made.")]
 Model = Annotated[

@@ -103,10 +103,7 @@ def edit(
             help="Keep prompts and targets in the shards; without them nothing is rehearsed, verified or rebuilt.",
         ),
     ] = True,
-    cache: Annotated[
-        bool,
-        typer.Option("--cache/--no-cache", help="On the CPU, keep the gate of a base and a layer for the next run."),
-    ] = True,
+    cache: opt.Cache = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the outcome of every edit.")] = False,
     loading: opt.Loading = opt.Loading(),
     json: opt.Json = False,
@@ -165,7 +162,7 @@ def edit(
         predicted = _predict(sink, arguments, stream, settings, more, jobs)
         base = load_base(**arguments)
         config_of_run = opt.edit_config(stream, base, **settings)
-        kept = opt.cache_folder(sink, "the gate is") if cache else None
+        kept = opt.cache_folder(sink, "the gate and the rewordings are") if cache else None
         run = EditRun(
             base, stream, config_of_run, out, extra_pool=more, texts=texts, append=older is not None, cache=kept
         )

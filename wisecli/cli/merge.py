@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -47,6 +47,7 @@ def merge(
             "the key router alone has a threshold then.",
         ),
     ] = True,
+    cache: opt.Cache = True,
     loading: opt.Loading = opt.Loading(),
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -73,8 +74,15 @@ def merge(
         base = None
         if calibrate:
             base = loading.base(run.run["base"], run.site.layer)
-        how = {"method": method, "density": density, "weights": factors, "rehearse": rehearse, "scope": scope}
-        side_memory = merge_run(run, base=base, memories=None if retrieve else memories, **how)
+        kept = opt.cache_folder(sink, "rewordings are") if cache and calibrate and rehearse else None
+        how: dict[str, Any] = {
+            "method": method,
+            "density": density,
+            "weights": factors,
+            "rehearse": rehearse,
+            "scope": scope,
+        }
+        side_memory = merge_run(run, base=base, cache=kept, memories=None if retrieve else memories, **how)
         side_memory.save(out)
         _warn_open(sink, side_memory)
         if not any(e.took for e in side_memory.edits):

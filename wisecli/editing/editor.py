@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from wisecli.cache import digest_of
 from wisecli.data.pool import Pool, PoolFact, pool_facts
 from wisecli.data.records import EditRecord, Prompt
 from wisecli.data.stream import EditStream, prompt_key
 from wisecli.editing.batch import CapturedEdit, capture_edits, check_records
 from wisecli.editing.config import EditConfig
 from wisecli.editing.conflicts import Conflicts, find_conflicts
+from wisecli.editing.kept import place
 from wisecli.editing.margins import Margins, Replay, indicators_of
 from wisecli.editing.negatives import about_edits, hard_negatives, kindred_negatives
 from wisecli.editing.published import Published
@@ -80,11 +80,10 @@ class Editor:
         Args:
             cache: folder; None for none.
         """
-        if cache is None or self.base.model.device.type != "cpu" or self.base.digest is None:
+        about = {"pool": self.pool.digest, "rank": self.config.rank, "format": FORMAT_VERSION}
+        path = place(cache, "gates", self.base, self.upper, **about)
+        if path is None:
             return self.gate
-        how = {"site": asdict(self.site), "rule": self.encoder.rule.to_json(), "chat": self.config.chat}
-        about = {**how, "pool": self.pool.digest, "rank": self.config.rank, "format": FORMAT_VERSION}
-        path = cache / "gates" / f"{digest_of({**self.base.state(), **about})}.safetensors"
         with contextlib.suppress(InputError):  # none there, or a damaged one
             self.gate = Gate.load(path)
             return self.gate

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import slices
 from wisecli.editing.margins import indicators, indicators_of
 from wisecli.editing.rehearsal import Rehearsal
+from wisecli.editing.rewording import Rewording
 from wisecli.errors import BaseMismatch, InputError, UsageError
 from wisecli.memory.bits import SparseDelta
 from wisecli.memory.calibration import (
@@ -79,19 +81,23 @@ class MergeConfig:
     values: torch.dtype = torch.bfloat16
 
 
-def merge_run(run: RunFolder, *, base: Base | None = None, **options: Any) -> SideMemory:
+def merge_run(run: RunFolder, *, base: Base | None = None, cache: Path | None = None, **options: Any) -> SideMemory:
     """Merge all shards of a run into a side memory.
 
     Args:
         run: a finished run folder.
         base: the run's base, to rehearse and to calibrate the activation router; None leaves both out.
+        cache: folder where the rewordings of bases are kept; None keeps none.
         options: fields of `MergeConfig`.
 
     Raises:
         InputError: the run is unfinished or damaged.
         BaseMismatch: the base given is not the run's.
     """
-    upper = _upper(run, base, EditConfig.from_json(run.run["config"])) if base is not None else None
+    upper = None
+    if base is not None:
+        upper = _upper(run, base, EditConfig.from_json(run.run["config"]))
+        Rewording.keep(upper, base, cache)
     try:
         shards = [replace(s, edits=tuple(run.outcome_of(e) for e in s.edits)) for s in run.shards()]
         return merge_shards(shards, run.gate(), run.run, upper=upper, how=MergeConfig(**options))

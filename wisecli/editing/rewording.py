@@ -9,19 +9,27 @@ Shapes: `n` tokens of an answer, `F` FFN width, `D` model width, `T` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from wisecli.cache import digest_of
 from wisecli.data.pool import pool_facts
+from wisecli.editing.kept import place
+from wisecli.errors import InputError, OutputError
+from wisecli.memory.files import load_tensors, save_tensors
+from wisecli.models.base import Base
 from wisecli.models.captured import CapturedRow
 from wisecli.models.upper import UpperModel
 
 _FACTS = 400
 _MEASURED: WeakKeyDictionary[UpperModel, Rewording] = WeakKeyDictionary()
+_PLACES: WeakKeyDictionary[UpperModel, Callable[[], Path | None]] = WeakKeyDictionary()
 _REACH = 0.7  # of a displacement; the rest of it belongs to the fact it was taken from
 
 
@@ -36,10 +44,20 @@ class Rewording:
 
     @classmethod
     def of(cls, upper: UpperModel) -> Rewording:
-        """As measured before on the same upper part, else measured now."""
+        """As measured before on the same upper part, else as it was kept or measured now."""
         if upper not in _MEASURED:
-            _MEASURED[upper] = cls.measure(upper)
+            path = _PLACES[upper]() if upper in _PLACES else None
+            _MEASURED[upper] = cls.measure(upper) if path is None else cls._kept(upper, path)
         return _MEASURED[upper]
+
+    @classmethod
+    def keep(cls, upper: UpperModel, base: Base, cache: Path | None) -> None:
+        """From now on keep what is measured on this upper part of a base for the next run, and take what was kept.
+
+        Args:
+            cache: folder; None for none.
+        """
+        _PLACES[upper] = lambda: place(cache, "rewordings", base, upper, wordings=digest_of(wordings()))
 
     @classmethod
     def measure(cls, upper: UpperModel) -> Rewording:
@@ -50,6 +68,17 @@ class Rewording:
             at = row.predicting
             seen[i] = row.a[at], row.stream[at]
         return cls([_move(seen[i], seen[i + 1]) for i in range(0, len(rows), 2)])
+
+    @classmethod
+    def _kept(cls, upper: UpperModel, path: Path) -> Rewording:
+        with suppress(InputError):  # none there, or a damaged one
+            tensors, about = load_tensors(path)
+            return cls(list(zip(*(tensors[k].split(about["counts"]) for k in ("a", "stream")), strict=True)))
+        made = cls.measure(upper)
+        a, stream = (torch.cat(parts).cpu() for parts in zip(*made.moves, strict=True))
+        with suppress(OutputError):  # a cache that cannot be written is no fault
+            save_tensors(path, {"a": a, "stream": stream}, {"counts": [len(move) for move, _ in made.moves]})
+        return made
 
     def __call__(self, row: CapturedRow, generator: torch.Generator) -> CapturedRow:
         """The row as if its prompt were worded otherwise, as `generator` chooses; long targets keep the last move."""

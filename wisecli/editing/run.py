@@ -28,6 +28,7 @@ from wisecli.data.stream import EditStream
 from wisecli.editing.config import EditConfig
 from wisecli.editing.conflicts import Conflicts
 from wisecli.editing.editor import Editor, OpenShard, describe_stream, grouped, slices
+from wisecli.editing.rewording import Rewording
 from wisecli.editing.steps import together
 from wisecli.errors import InputError, OutputError, UsageError
 from wisecli.memory.files import ensure_writable, load_tensors, save_tensors
@@ -60,7 +61,7 @@ class EditRun:
         texts: keep prompts and targets in the shards and the ledger; ids alone otherwise.
         append: add the stream to those that the folder holds.
         checkpoints: write a shard in the making down every now and then.
-        cache: folder where the gates of bases are kept; None keeps none.
+        cache: folder where the gates and rewordings of bases are kept; None keeps none.
 
     Raises:
         InputError: the folder holds another run, or a record does not fit the base.
@@ -91,6 +92,7 @@ class EditRun:
                 hint=f"Use --shards {len(stream.records)} or fewer.",
             )
         self.editor = Editor(base, config, extra_pool=extra_pool, texts=texts)
+        Rewording.keep(self.editor.upper, base, cache)
         self.editor.check([r for r in stream.records if r.id not in stream.superseded])
         self.site = self.editor.site
         self.open: tuple[OpenShard, ...] = ()
@@ -210,6 +212,7 @@ class EditRun:
             "extra_pool": self.extra_pool,
             "texts": self.texts,
             "checkpoints": self.checkpoints,
+            "cache": self.cache,
         }
 
     @cached_property

@@ -99,7 +99,9 @@ class StreamEvaluation:
         self.while_learning = protocol in (FRESH, BOTH)
         if self.while_learning:  # what arrives is asked in the one memory that has just learned it
             config = replace(config, shards_at_once=1)
-        self.run = EditRun(base, stream, config, out / "shards", checkpoints=not self.while_learning)
+        self.run = EditRun(
+            base, stream, config, out / "shards", checkpoints=not self.while_learning, cache=self.options.cache
+        )
         self.stream = _without(stream, self.run.settled.superseded)
         self.path = out / "sm.safetensors"
         self.fresh: list[Item] = []
@@ -120,7 +122,7 @@ class StreamEvaluation:
         yield from self._learn(asker)
         learned = time.perf_counter()
         yield Progress("merging", 0, 1)
-        side_memory = merge_run(self.run.folder, base=self.base, **vars(self.how))
+        side_memory = merge_run(self.run.folder, base=self.base, cache=self.options.cache, **vars(self.how))
         side_memory.save(self.path)
         asker.seconds["merging"] = time.perf_counter() - learned
         yield Progress("merging", 1, 1)
