@@ -52,11 +52,13 @@ lifelong: $(VENV)/.installed
 	$(BIN)/python benchmarks/long_stream.py --folder $(OUT)/long-stream
 	$(BIN)/python benchmarks/routing.py
 
-bench: $(VENV)/.installed
+# An hour of CPU time: what each choice costs and brings, and how fast everything is.
+bench: $(VENV)/.installed speed
 	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/fold.py --edits 100
 	$(BIN)/python benchmarks/router.py --edits 100 --seed 8 --generate
+	$(BIN)/python benchmarks/footprint.py
 
 # Tens of minutes of one thread: how fast everything is, as ratios measured in one run.
 speed: $(VENV)/.installed-dev

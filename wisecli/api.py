@@ -113,7 +113,7 @@ def edit(
         pool: more ordinary prompts to calibrate on; wordings of one question have tabs between them.
         texts: keep prompts and targets in the shards and the side memory.
         cache: on the CPU, keep what follows from a base and a layer for the next run.
-        progress: called after each block of edits, and with the ledger's lines after each shard.
+        progress: called after each block of edits, and with the ledger's lines when shards have ended.
         settings: fields of `EditConfig`. Where they are not given, there is a shard for every 50 edits and two at
             least, and `chat` is whether the tokenizer has a chat template.
 

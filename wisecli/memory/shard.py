@@ -3,7 +3,7 @@
     run.json            config, base, edit site, seeds, the streams learned and what they supersede; written first
     gate.safetensors    key space of the layer and the pool in it
     shard-00000.safetensors ...   one per slice of a stream: mask, values, edit keys, outcomes
-    partial-00001.safetensors     a shard in the making, to go on from after an interruption
+    partial-00001.safetensors     shards in the making, this one and those beside it, to go on from when interrupted
     ledger.jsonl        one line per edit with its outcome, in stream order; follows from the files above
     journal.jsonl       what happened when; the only file whose bytes differ between two runs of one command
 
