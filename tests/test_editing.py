@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from wisecli.data import pool
 from wisecli.data.records import EditRecord
 from wisecli.data.stream import EditStream
-from wisecli.editing.batch import ROWS, TOKENS, batches, capture_edits, edit_rows
+from wisecli.editing.batch import ROWS, TOKENS, CapturedEdit, batches, capture_edits, edit_rows
 from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import Editor, slices
 from wisecli.editing.merge import MergeConfig, merge_run, merge_shards
@@ -24,7 +24,7 @@ from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
 from wisecli.editing.rewording import Rewording
 from wisecli.editing.run import EditRun
-from wisecli.editing.steps import take_all
+from wisecli.editing.steps import take_all, together
 from wisecli.errors import BaseMismatch, InputError, ModelError, UsageError
 from wisecli.memory.bits import draw_mask
 from wisecli.memory.shard import RunFolder
@@ -44,13 +44,11 @@ def records(n: int = 6) -> list[EditRecord]:
     return [EditRecord(f"e{i}", f"The capital of {c} is", t, subject=c) for i, (c, t) in enumerate(pairs)]
 
 
-def finish(learning: Any) -> list[Outcome]:
-    """Run a learner to its end and give its outcomes."""
-    while True:
-        try:
-            next(learning)
-        except StopIteration as done:
-            return done.value
+def finish(learner: Rehearsal | Published, edits: Sequence[CapturedEdit]) -> list[Outcome]:
+    """Let a learner learn edits to the end and give its outcomes."""
+    for _ in together(learner.upper, [learner.learning(edits)]):
+        pass
+    return learner.outcomes()
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +68,7 @@ def test_nothing_moves_outside_the_mask(upper: UpperModel, learner_type: type) -
     mask = draw_mask((upper.site.d_out, upper.site.d_in), 0.2, 3)
     before = {k: v.clone() for k, v in upper.model.state_dict().items()}
     learner = learner_type(upper, mask, config, 0)
-    outcomes = finish(learner.learn(capture_edits(upper, records(3), 1, 0)))
+    outcomes = finish(learner, capture_edits(upper, records(3), 1, 0))
     delta = learner.result()
     assert len(outcomes) == 3
     assert bool((delta[~mask] == 0).all())
@@ -82,7 +80,7 @@ def test_nothing_moves_outside_the_mask(upper: UpperModel, learner_type: type) -
 def test_rehearsal_holds_every_edit_of_a_shard(upper: UpperModel) -> None:
     config = EditConfig(contexts=1, block=2, max_steps=150, lr=0.2, mask_density=1.0)
     learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
-    outcomes = finish(learner.learn(capture_edits(upper, records(), 1, 0)))
+    outcomes = finish(learner, capture_edits(upper, records(), 1, 0))
     assert all(o.took for o in outcomes)
     assert all(o.steps > 0 for o in outcomes)
 
@@ -98,7 +96,7 @@ def test_rows_that_fell_off_unseen_are_found_before_learning_ends(upper: UpperMo
     learner.worst.fill_(0.0)
     learner.right.fill_(True)
     learner.seen = False
-    outcomes = finish(learner.learn(edits))
+    outcomes = finish(learner, edits)
     assert learner.seen
     assert all(o.took for o in outcomes)
     again = Rehearsal(upper, learner.mask, config, 0, start=learner.result())
@@ -109,7 +107,7 @@ def test_rows_that_fell_off_unseen_are_found_before_learning_ends(upper: UpperMo
 
 def test_an_edit_that_is_not_learned_is_reported_as_such(upper: UpperModel) -> None:
     learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), EditConfig(max_steps=1, lr=1e-9), 0)
-    outcomes = finish(learner.learn(capture_edits(upper, records(2), 0, 0)))
+    outcomes = finish(learner, capture_edits(upper, records(2), 0, 0))
     assert not any(o.took for o in outcomes)
 
 
@@ -222,7 +220,7 @@ def test_what_contradicts_does_not_hide_rows_that_fell_off(upper: UpperModel) ->
 def test_the_smallest_steps_learn_too(upper: UpperModel, rows: int) -> None:
     config = EditConfig(contexts=0, block=2, rows=rows, max_steps=200, lr=0.2, mask_density=1.0)
     learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
-    assert all(o.took for o in finish(learner.learn(capture_edits(upper, records(2), 0, 0))))
+    assert all(o.took for o in finish(learner, capture_edits(upper, records(2), 0, 0)))
 
 
 @given(st.lists(st.integers(1, 10_000), max_size=400))
@@ -414,7 +412,7 @@ class TestRewording:
         for share in (0.0, 0.5):
             rest = {"dropout": 0.0, "rewording": 0.0, setting: share}
             learner = Rehearsal(upper, mask, EditConfig(max_steps=3, **rest), 0)
-            finish(learner.learn(edits))
+            finish(learner, edits)
             found.append(learner.result())
         assert not torch.equal(*found)
 
@@ -432,7 +430,7 @@ class TestRewording:
 
         def learned(share: float, seed: int) -> torch.Tensor:
             learner = Rehearsal(upper, mask, EditConfig(rewording=share, dropout=0.0, max_steps=5), seed)
-            finish(learner.learn(edits))
+            finish(learner, edits)
             return learner.result()
 
         one, again, other, plain = learned(1.0, 0), learned(1.0, 0), learned(1.0, 1), learned(0.0, 0)

@@ -21,7 +21,7 @@ from wisecli.editing.batch import CapturedEdit
 from wisecli.editing.config import EditConfig
 from wisecli.editing.margins import Margins, Replay
 from wisecli.editing.rehearsal import Outcome
-from wisecli.editing.steps import Arrived, Learning, Step, take_all, together
+from wisecli.editing.steps import Arrived, Learning, Step, take_all
 from wisecli.memory.indicator import content_mean, indicator_of
 from wisecli.models.captured import CapturedRow, StackedRows
 from wisecli.models.upper import UpperModel
@@ -51,14 +51,8 @@ class Published:
         self.edits: list[CapturedEdit] = []
         self.steps: list[int] = []
 
-    def learn(self, edits: Sequence[CapturedEdit]) -> Generator[int, None, list[Outcome]]:
-        """Learn edits in order; yields how many are done, returns one outcome per edit at the end of the stream."""
-        for (arrived,) in together(self.upper, [self.learning(edits)]):
-            yield arrived
-        return self.outcomes()
-
     def learning(self, edits: Sequence[CapturedEdit]) -> Learning:
-        """The same, giving out the steps to be taken."""
+        """Learn edits in order, giving out the steps to be taken, and behind each edit how many have arrived."""
         if len(self.steps) == len(edits):
             yield Arrived(len(edits), True)
         for i in range(len(self.steps), len(edits)):

@@ -15,7 +15,7 @@ would (`rewording`). The same loop, started from a merged delta, restores what m
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -28,7 +28,7 @@ from wisecli.editing.batch import CapturedEdit, batches
 from wisecli.editing.config import EditConfig
 from wisecli.editing.margins import Replay
 from wisecli.editing.rewording import Rewording
-from wisecli.editing.steps import Arrived, Learning, Step, take_all, together
+from wisecli.editing.steps import Arrived, Learning, Step, take_all
 from wisecli.models.captured import CapturedRow, StackedRows
 from wisecli.models.upper import UpperModel
 
@@ -98,18 +98,12 @@ class Rehearsal:
         self.seen = False  # whether `worst` and `right` of all rows are those of the delta as it is
         self.firsts: list[int] = []
 
-    def learn(self, edits: Sequence[CapturedEdit]) -> Generator[int, None, list[Outcome]]:
+    def learning(self, edits: Sequence[CapturedEdit]) -> Learning:
         """Learn edits in blocks, in order, then go over all until each holds or the cap is reached.
 
-        Edits that have arrived already, as after `load_state`, are not learned again. Yields the number of edits that
-        have arrived so far; returns one outcome per edit.
+        Edits that have arrived already, as after `load_state`, are not learned again. Gives out the steps to be taken,
+        and behind each block how many edits have arrived.
         """
-        for (arrived,) in together(self.upper, [self.learning(edits)]):
-            yield arrived
-        return self.outcomes()
-
-    def learning(self, edits: Sequence[CapturedEdit]) -> Learning:
-        """The same, giving out the steps to be taken."""
         if len(self.steps) == len(edits):
             yield Arrived(len(edits), True)
         for at in range(len(self.steps), len(edits), self.config.block):
