@@ -320,12 +320,14 @@ def _mib(n: int) -> str:
 def _introduce(sink: Output, run: EditRun, source: Path) -> None:
     model, site = run.base.model, run.site
     size = model.num_parameters() / 1e6
+    at_once = min(run.config.shards, run.config.shards_at_once)
+    shards = f"{run.config.shards}, {at_once} at once" if at_once > 1 else str(run.config.shards)
     sink.facts(
         [
             ("base", f"{run.base.label} ({model.config.model_type}, {size:.1f} M parameters, {model.dtype})"),
             ("edit site", f"{site.path} [{site.d_out} x {site.d_in}]"),
             ("stream", f"{len(run.stream.records)} edits from {source} ({run.stream.format})"),
-            ("shards", f"{run.config.shards}, mask density {run.config.mask_density}, {run.config.schedule} schedule"),
+            ("shards", f"{shards}, mask density {run.config.mask_density}, {run.config.schedule} schedule"),
             ("prompts", "in the base's chat template" if run.config.chat else "as they are, no chat template"),
         ]
     )

@@ -37,6 +37,7 @@ from wisecli.models.base import Base
 
 _RARELY = 30  # times the cost of writing a shard in the making passes before it is written again
 _PATIENCE_S = 60  # for which the ledger's turn is waited for, when shards are learned in several places
+_ANOTHER = "Give the settings it began with, choose another folder with --out, or delete this one to start anew."
 _SAME = ("base", "site", "config", "pool", "texts")
 
 
@@ -308,7 +309,7 @@ class EditRun:
         if changed:
             raise InputError(
                 f"{folder.path} already holds another run: {_differences(old, new, changed)}.",
-                hint="Choose another folder with --out, or delete this one to start anew.",
+                hint=_ANOTHER,
             )
 
     def _same_slices(self, folder: RunFolder) -> RunFolder:
@@ -316,7 +317,7 @@ class EditRun:
         if shards != self.config.shards:
             raise InputError(
                 f"{folder.path} already holds another run: config.shards was {shards} and is now {self.config.shards}.",
-                hint="Choose another folder with --out, or delete this one to start anew.",
+                hint=_ANOTHER,
             )
         return folder
 
