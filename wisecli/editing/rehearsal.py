@@ -298,10 +298,17 @@ class Rehearsal:
         """Practise what does not hold, wherever in the shard it is.
 
         Between rounds of steps the rows are looked at that may not hold any more, and all of them once those hold, or,
-        every now and then, where no fewer are left than before. Ends when everything holds, when the steps due to so
-        many edits are spent, or when `max_steps` of them helped nothing: edits that contradict one another in other
-        words never hold together.
+        every now and then, where no fewer are left than before. Where all of them show that nothing was won, as many
+        falling off as are practised, steps are halved. Ends when everything holds, when the steps due to so many edits
+        are spent, or when `max_steps` of them helped nothing: edits that contradict one another in other words never
+        hold together.
         """
+        sizes = [group["lr"] for group in self.optimiser.param_groups]
+        yield from self._consolidating(edits)
+        for group, size in zip(self.optimiser.param_groups, sizes, strict=True):
+            group["lr"] = size
+
+    def _consolidating(self, edits: int) -> Iterator[Step]:
         cap = math.ceil(self.config.max_steps * max(edits, 10) / 10)
         spent, fewest, reached, last = 0, len(self.rows) + 1, 0, len(self.rows) + 1
         seldom, swept = _SWEPT * len(self.rows) / self.config.rows, 0
@@ -315,6 +322,9 @@ class Rehearsal:
                 pending, swept = self._pending(), spent
                 if len(pending) < fewest:
                     fewest, reached = len(pending), spent
+                else:
+                    for group in self.optimiser.param_groups:
+                        group["lr"] /= 2
                 if not len(pending) or spent - reached >= self.config.max_steps:
                     return
             last = len(pending)
