@@ -24,7 +24,7 @@ from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
 from wisecli.editing.rewording import Rewording
 from wisecli.editing.run import EditRun
-from wisecli.editing.steps import take_all, together
+from wisecli.editing.steps import take, take_all, together
 from wisecli.errors import BaseMismatch, InputError, ModelError, UsageError
 from wisecli.memory.bits import draw_mask
 from wisecli.memory.shard import RunFolder
@@ -103,6 +103,24 @@ def test_rows_that_fell_off_unseen_are_found_before_learning_ends(upper: UpperMo
     again._admit(edits)
     again._sweep()
     torch.testing.assert_close(again.worst, learner.worst)
+
+
+def test_steps_are_halved_where_rows_fall_off_while_others_are_practised(
+    upper: UpperModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And they are as long as before when it is over."""
+    config = EditConfig(contexts=0, max_steps=60, lr=0.2, mask_density=1.0, dropout=0.0, rewording=0.0)
+    learner = Rehearsal(upper, torch.ones(upper.site.d_out, upper.site.d_in), config, 0)
+    learner.arrive(capture_edits(upper, records(3), 0, 0))
+    monkeypatch.setattr(learner, "_sweep", lambda *_: learner.worst.fill_(torch.inf))  # as if all fell off, each time
+    before, sizes = learner.optimiser.param_groups[0]["lr"], []
+    for step in learner._consolidate(3):
+        sizes.append(learner.optimiser.param_groups[0]["lr"])
+        take(upper, [step])
+    found = sorted(set(sizes), reverse=True)
+    assert found == [before / 2**i for i in range(len(found))]
+    assert len(found) > 1
+    assert learner.optimiser.param_groups[0]["lr"] == before
 
 
 def test_an_edit_that_is_not_learned_is_reported_as_such(upper: UpperModel) -> None:

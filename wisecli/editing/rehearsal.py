@@ -298,10 +298,10 @@ class Rehearsal:
         """Practise what does not hold, wherever in the shard it is.
 
         Between rounds of steps the rows are looked at that may not hold any more, and all of them once those hold, or,
-        every now and then, where no fewer are left than before. Where all of them show that nothing was won, as many
-        falling off as are practised, steps are halved. Ends when everything holds, when the steps due to so many edits
-        are spent, or when `max_steps` of them helped nothing: edits that contradict one another in other words never
-        hold together.
+        every now and then, where no fewer are left than before. Steps are halved where that shows that nothing was won:
+        rows fall off while others are practised. Ends when everything holds, when the steps due to so many edits are
+        spent, or when `max_steps` of them helped nothing: edits that contradict one another in other words never hold
+        together.
         """
         sizes = [group["lr"] for group in self.optimiser.param_groups]
         yield from self._consolidating(edits)
@@ -319,10 +319,10 @@ class Rehearsal:
             pending = self._pending()
             if not len(pending) or (len(pending) >= last and spent - swept >= seldom):
                 self._sweep(near)
-                pending, swept = self._pending(), spent
+                known, pending, swept = len(pending), self._pending(), spent
                 if len(pending) < fewest:
                     fewest, reached = len(pending), spent
-                else:
+                elif len(pending) > known:
                     for group in self.optimiser.param_groups:
                         group["lr"] /= 2
                 if not len(pending) or spent - reached >= self.config.max_steps:
