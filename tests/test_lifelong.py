@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,8 @@ from wisecli.memory.shard import Gate, RunFolder
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.base import Base, load_base
 from wisecli.models.prompts import PromptEncoder
+from wisecli.models.site import find_site
+from wisecli.models.upper import UpperModel
 from wisecli.routing.attach import attach
 
 CONFIG = EditConfig(contexts=1, max_steps=6, shards=2, rank=8, block=2)
@@ -309,6 +313,16 @@ def test_a_kept_rewording_is_the_one_that_would_be_measured(
     kept.write_bytes(kept.read_bytes()[:50])
     assert made("third", cache=cache) == plain
     assert kept.stat().st_size > 50
+
+
+def test_what_is_kept_of_a_base_does_not_keep_it_in_memory(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    base = Base(tiny_model("llama", fresh=True), tokenizer, "tiny")
+    upper = UpperModel(base.model, find_site(base.model), PromptEncoder(tokenizer))
+    Rewording.keep(upper, base, tmp_path)
+    gone = [weakref.ref(upper), weakref.ref(base.model)]
+    del upper, base
+    gc.collect()
+    assert [r() for r in gone] == [None, None]
 
 
 # -- several memories --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ Shapes: `n` tokens of an answer, `F` FFN width, `D` model width, `T` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from wisecli.models.upper import UpperModel
 
 _FACTS = 400
 _MEASURED: WeakKeyDictionary[UpperModel, Rewording] = WeakKeyDictionary()
-_PLACES: WeakKeyDictionary[UpperModel, Callable[[], Path | None]] = WeakKeyDictionary()
+_CACHES: WeakKeyDictionary[UpperModel, tuple[Base, Path | None]] = WeakKeyDictionary()
 _REACH = 0.7  # of a displacement; the rest of it belongs to the fact it was taken from
 
 
@@ -46,7 +46,8 @@ class Rewording:
     def of(cls, upper: UpperModel) -> Rewording:
         """As measured before on the same upper part, else as it was kept or measured now."""
         if upper not in _MEASURED:
-            path = _PLACES[upper]() if upper in _PLACES else None
+            base, cache = _CACHES.get(upper, (None, None))
+            path = place(cache, "rewordings", base, upper, wordings=digest_of(wordings())) if base is not None else None
             _MEASURED[upper] = cls.measure(upper) if path is None else cls._kept(upper, path)
         return _MEASURED[upper]
 
@@ -57,7 +58,7 @@ class Rewording:
         Args:
             cache: folder; None for none.
         """
-        _PLACES[upper] = lambda: place(cache, "rewordings", base, upper, wordings=digest_of(wordings()))
+        _CACHES[upper] = base, cache
 
     @classmethod
     def measure(cls, upper: UpperModel) -> Rewording:
