@@ -23,7 +23,7 @@ from wisecli.models.base import fingerprint, load_base, matches
 from wisecli.models.captured import StackedRows
 from wisecli.models.prompts import ContentRule, PromptEncoder, Row, last_content
 from wisecli.models.site import EditSite, auto_layer, find_site
-from wisecli.models.upper import UpperModel
+from wisecli.models.upper import UpperModel, entries_at
 
 TEXTS = [("the capital of France is", " Paris"), ("hello", " world hello world"), ("what who where", " when?")]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -387,6 +387,22 @@ def test_an_upper_part_that_cannot_be_replayed_is_refused(tiny_model: Any, encod
     model.model.layers[3].register_forward_hook(lambda m, a, y: y + (seen.pop() if seen else 1.0))
     with pytest.raises(ModelError, match="cannot be run on their own"):
         UpperModel(model, find_site(model), encoder)
+
+
+def test_the_model_sees_neither_padding_nor_a_mask_for_it(tiny_model: Any, encoder: Any) -> None:
+    model = tiny_model("gpt2")
+    upper = UpperModel(model, find_site(model), encoder)
+    seen: list[dict[str, Any]] = []
+    handle = model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    rows = rows_of(encoder)
+    upper.logits(StackedRows.of(upper.capture(rows)), None)
+    list(entries_at(model, encoder, (1,), rows))
+    handle.remove()
+    assert len(seen) == 3
+    assert not any("attention_mask" in kwargs for kwargs in seen)
+    for ids in (kwargs["input_ids"].tolist() for kwargs in seen):  # those of the padding repeat a row's last token
+        whole = [[*r.prompt, *r.target] for r in rows]
+        assert sorted(ids) == sorted(r + [r[-1]] * (len(ids[0]) - len(r)) for r in whole)
 
 
 def test_half_precision_replays(tiny_model: Any, encoder: Any) -> None:

@@ -50,10 +50,12 @@ class Margins:
         """d [B] of rows as `stack` gives them."""
         return activation_indicator(*rows, delta) / self.unit
 
-    def loss(self, inside: Tensor, outside: Tensor) -> Tensor:
-        """L_a (eq. 5) of the indicators of an edit's rows [B] and of irrelevant ones [b], in their own unit."""
-        d_in, d_out = inside / self.unit, outside / self.unit
-        return violators(self.gamma + d_out - d_in) + violators(d_out - self.alpha) + violators(self.beta - d_in)
+    def loss(self, d: Tensor) -> Tensor:
+        """L_a (eq. 5) of the indicators of an edit's rows and, last, of an irrelevant one [B + 1]."""
+        d = d / self.unit
+        d_in, d_out = d[:-1], d[-1]
+        quiet = (d_out - self.alpha).expand_as(d_in)  # their mean is the one's
+        return violators(torch.stack([self.gamma + d_out - d_in, quiet, self.beta - d_in])).sum()
 
 
 class Replay:
@@ -101,6 +103,6 @@ def stack(rows: Sequence[CapturedRow]) -> tuple[Tensor, Tensor]:
 
 
 def violators(hinge: Tensor) -> Tensor:
-    """Mean of the positive entries, 0 when there are none."""
+    """Mean of the positive entries [..] of [.., n], 0 where there are none."""
     positive = F.relu(hinge)
-    return positive.sum() / (positive > 0).sum().clamp(min=1)
+    return positive.sum(-1) / (positive > 0).sum(-1).clamp(min=1)

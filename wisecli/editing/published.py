@@ -22,7 +22,7 @@ from wisecli.editing.config import EditConfig
 from wisecli.editing.margins import Margins, Replay
 from wisecli.editing.rehearsal import Outcome
 from wisecli.editing.steps import Arrived, Learning, Step, take_all
-from wisecli.memory.indicator import content_mean, indicator_of
+from wisecli.memory.indicator import content_shares
 from wisecli.models.captured import CapturedRow, StackedRows
 from wisecli.models.upper import UpperModel
 
@@ -110,16 +110,15 @@ class Published:
 
     def _edit(self, edit: CapturedEdit, other: CapturedRow) -> Generator[Step, None, int]:
         """The steps of an edit; returns how many were taken."""
-        optimiser = torch.optim.SGD([self.delta], lr=self.config.lr or DEFAULT_LR)
+        lr = self.config.lr or DEFAULT_LR
         rows, n = StackedRows.of(edit.rows), sum(len(r.ids) for r in edit.rows)
+        means = torch.block_diag(*(content_shares(r.content) for r in (*edit.rows, other)))
         a = torch.cat([rows.a, other.a]).float()
         share = torch.tensor([1 / (c * len(rows.counts)) for c in rows.counts for _ in range(c)], device=a.device)
         losses = [float("inf")]
         for step in range(self.config.max_steps):
-            inside, outside = F.linear(a, self.delta).split([n, len(other.ids)])  # one product for both
-            sizes = rows.padded(inside.norm(dim=-1, keepdim=True)).squeeze(-1)
-            d_in = content_mean(sizes, rows.content)
-            margin = self.margins.loss(d_in, indicator_of(outside[None], other.content[None]))
+            moved = F.linear(a, self.delta)  # one product for both
+            margin = self.margins.loss(means @ moved.norm(dim=-1))
 
             def loss(logits: Tensor, margin: Tensor = margin) -> Tensor | None:
                 each = F.cross_entropy(logits.float(), rows.targets, reduction="none")
@@ -129,14 +128,13 @@ class Published:
                 losses.append(float(whole.detach()))
                 return None if _is_over(*losses[-2:]) else whole
 
-            optimiser.zero_grad()
-            yield Step(edit.rows, rows, inside, loss)
+            self.delta.grad = None
+            yield Step(edit.rows, rows, moved[:n], loss)
             if _is_over(*losses[-2:]):
                 return step
-            self.delta.grad.mul_(self.mask)  # type: ignore[union-attr]
-            optimiser.step()
-            with torch.no_grad():
-                self.delta.clamp_(-_CLAMP, _CLAMP)
+            assert self.delta.grad is not None
+            with torch.no_grad():  # plain SGD inside the mask, in one pass
+                self.delta.addcmul_(self.delta.grad, self.mask, value=-lr).clamp_(-_CLAMP, _CLAMP)
         return self.config.max_steps
 
     @torch.no_grad()

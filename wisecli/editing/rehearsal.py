@@ -84,7 +84,8 @@ class Rehearsal:
         self.mask = mask.to(device, torch.float32)
         start = torch.zeros(mask.shape) if start is None else start
         self.delta = start.to(device, torch.float32).clone().requires_grad_()
-        self.optimiser = torch.optim.SGD([self.delta], lr=1.0, momentum=MOMENTUM, nesterov=True)
+        fused = device.type in ("cpu", "cuda")
+        self.optimiser = torch.optim.SGD([self.delta], lr=1.0, momentum=MOMENTUM, nesterov=True, fused=fused)
         self.noise = torch.Generator(device).manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.limit = -math.log(config.confidence)

@@ -20,18 +20,13 @@ def activation_indicator(a: Tensor, content: Tensor, delta: Tensor) -> Tensor:
         content: content mask [B, T].
         delta: [D, F].
     """
-    return indicator_of(F.linear(a.to(delta.dtype), delta), content)
+    sizes = F.linear(a.to(delta.dtype), delta).float().norm(dim=-1)
+    return (sizes * content_shares(content)).sum(-1)
 
 
-def indicator_of(side: Tensor, content: Tensor) -> Tensor:
-    """The same [B] where a delta^T [B, T, D] is known already."""
-    return content_mean(side.float().norm(dim=-1), content)
-
-
-def content_mean(per_token: Tensor, content: Tensor) -> Tensor:
-    """The mean over content tokens [B] of something known of every token [B, T]."""
-    weight = content.to(per_token)
-    return (per_token * weight).sum(1) / weight.sum(1).clamp(min=1)
+def content_shares(content: Tensor) -> Tensor:
+    """What each token counts in the mean over content tokens, fp32 [.., T]."""
+    return content / content.sum(-1, keepdim=True).clamp(min=1)
 
 
 def layer_scale(a: Tensor, content: Tensor, weight: Tensor) -> Tensor:

@@ -56,9 +56,9 @@ class StackedRows:
     """Captured rows made ready for the upper part: put together once, asked as often as wanted.
 
     Attributes:
-        ids, real, content: [B, T], padded on the right; the real tokens' mask is `real`.
+        ids: [B, T], padded on the right by repeating a row's last token.
         a: input of the edited projection at the real tokens of all rows, one after the other [N, F].
-        stream: [B, T, D].
+        stream: [B, T, D], padded likewise.
         at: where a supervised token is predicted, as positions in [B T], row by row [n].
         targets: the ids predicted there [n].
         beside: what goes past the rows' streams, padded; see `CapturedRow`.
@@ -67,8 +67,6 @@ class StackedRows:
     """
 
     ids: Tensor
-    real: Tensor
-    content: Tensor
     a: Tensor
     stream: Tensor
     at: Tensor
@@ -80,22 +78,22 @@ class StackedRows:
     @classmethod
     def of(cls, rows: Sequence[CapturedRow]) -> StackedRows:
         """The rows, in order."""
-        ids = pad_sequence([r.ids for r in rows], batch_first=True)
-        width = ids.shape[1]  # told here, so that nothing is asked back from an accelerator in every step
+        device, lengths = rows[0].ids.device, [len(r.ids) for r in rows]
+        width = max(lengths)  # told here, so that nothing is asked back from an accelerator in every step
         places = [k * width + t for k, r in enumerate(rows) for t in range(r.prompt - 1, len(r.ids) - 1)]
-        at = torch.tensor(places, dtype=torch.long, device=ids.device)
+        at = torch.tensor(places, dtype=torch.long, device=device)
+        ends = torch.tensor(lengths)[:, None]
+        columns = torch.arange(width)
+        source = (ends.cumsum(0) - ends + columns.minimum(ends - 1)).to(device)  # among the tokens of all rows [B, T]
+        ids = torch.cat([r.ids for r in rows])[source]
         return cls(
             ids=ids,
-            real=pad_sequence([torch.ones_like(r.ids) for r in rows], batch_first=True),
-            content=pad_sequence([r.content for r in rows], batch_first=True),
             a=torch.cat([r.a for r in rows]),
-            stream=pad_sequence([r.stream for r in rows], batch_first=True),
+            stream=torch.cat([r.stream for r in rows])[source],
             at=at,
             targets=ids.flatten()[at + 1],
             counts=tuple(len(r.ids) - r.prompt for r in rows),
-            tokens=torch.cat([torch.arange(k * width, k * width + len(r.ids)) for k, r in enumerate(rows)]).to(
-                ids.device
-            ),
+            tokens=(columns < ends).flatten().nonzero()[:, 0].to(device),
             beside=_padded([r.beside for r in rows]),
         )
 
@@ -114,7 +112,7 @@ class StackedRows:
     def padded(self, x: Tensor) -> Tensor:
         """What is known of the real tokens of all rows, one after the other [N, D], as a batch [B, T, D]."""
         rows, width = self.ids.shape
-        return x.new_zeros(rows * width, x.shape[-1]).index_copy(0, self.tokens, x).view(rows, width, -1)
+        return x.new_zeros(rows * width, x.shape[-1]).index_copy_(0, self.tokens, x).view(rows, width, -1)
 
 
 def cut(beside: Any, row: int, n: int) -> Any:

@@ -7,7 +7,8 @@ scaling therefore stay the model's code. The head runs at supervised positions o
 those of its linear maps whose outputs reach the loss nowhere else: queries, and what attention gives out.
 
 Rows are padded on the right here: in a causal model what follows a token cannot change it, so a row's activations are
-the same in every batch and can be stored without padding.
+the same in every batch and can be stored without padding. Nor is the model told of the padding, which spares attention
+a mask.
 
 Shapes: `B` rows, `T` tokens, `F` FFN width, `D` model width, `n` supervised positions, `V` vocabulary.
 """
@@ -69,7 +70,7 @@ class UpperModel:
         for at in range(0, len(order), batch_size):
             picked = order[at : at + batch_size]
             batch = self.encoder.batch([rows[i] for i in picked], side="right").to(self.model.device)
-            a, stream, entry, beside = self._run_lower(batch.inputs)
+            a, stream, entry, beside = self._run_lower(batch)
             last = last_content(batch.content).tolist()
             for k, i in enumerate(picked):
                 n, prompt = len(rows[i]), len(rows[i].prompt)
@@ -110,12 +111,12 @@ class UpperModel:
             stack.enter_context(head_at(self.model, rows.at))
             for module in self._narrow:
                 stack.enter_context(_only_at(module, rows.at, rows.ids.shape))
-            logits: Tensor = self.model(input_ids=rows.ids, attention_mask=rows.real, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=rows.ids, use_cache=False).logits
         return logits
 
     # -- the pieces ---------------------------------------------------------------------------------------------------
 
-    def _run_lower(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Any]:
+    def _run_lower(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Any]:
         """`a` [B, T, F], the stream and the layer's input [B, T, D] of a right-padded batch, and what goes past it."""
         box: dict[str, Any] = {}
 
@@ -144,7 +145,7 @@ class UpperModel:
             layer.register_forward_hook(leave, with_kwargs=True),
         ]
         try:
-            self.model(**inputs, use_cache=False)
+            self.model(input_ids=_filled(batch), use_cache=False)
         except _Enough:
             pass
         finally:
@@ -158,7 +159,7 @@ class UpperModel:
                 hint="Take another base.",
             )
         self._rest = (type(out), tuple(out[1:])) if isinstance(out, tuple | list) else None
-        rows, tokens = inputs["input_ids"].shape
+        rows, tokens = batch.input_ids.shape
         first = (out if self._rest is None else out[0]) if self.additive else box["in"]
         stream, entry = (residual(self.model, h, rows, tokens) for h in (first, box["in"]))
         return box["a"].view(rows, tokens, -1), stream, entry, box["beside"]
@@ -309,12 +310,12 @@ class UpperModel:
         """Whether adding d to the projection's output adds exactly d to the layer's output."""
         batch = self.encoder.batch(rows, side="right").to(self.model.device)
         self.additive = True
-        plain = self._run_lower(batch.inputs)[1]
+        plain = self._run_lower(batch)[1]
         if plain.dim() != 3 or plain.shape[-1] != self.site.d_out:  # several residual streams
             return False
         d = torch.linspace(-1, 1, plain.shape[-1], device=plain.device, dtype=plain.dtype) * plain.std()
         with _hooked(self.ffn, lambda a, y: y + d):
-            moved = self._run_lower(batch.inputs)[1]
+            moved = self._run_lower(batch)[1]
         tolerance = 1e-4 if self._exact(plain) else 2e-2
         return bool(((moved - plain - d).abs() <= tolerance * (1 + plain.abs())).all())
 
@@ -345,7 +346,7 @@ def entries_at(
         batch = encoder.batch([rows[i] for i in picked], side="right").to(model.device)
         handles = [modules[i].register_forward_pre_hook(h, with_kwargs=True) for i, h in hooks.items()]
         try:
-            model(**batch.inputs, use_cache=False)
+            model(input_ids=_filled(batch), use_cache=False)
         except _Enough:
             pass
         finally:
@@ -354,6 +355,11 @@ def entries_at(
         last = last_content(batch.content).tolist()
         streams = {i: residual(model, h, *batch.input_ids.shape) for i, h in box.items()}
         yield picked, {i: h[range(len(picked)), last].flatten(1) for i, h in streams.items()}
+
+
+def _filled(batch: Batch) -> Tensor:
+    """Ids [B, T] of rows padded on the right, their last tokens repeated there: padding itself calls for a mask."""
+    return batch.input_ids.gather(1, batch.attention_mask.cumsum(1) - 1)
 
 
 class _Enough(Exception):
@@ -415,7 +421,7 @@ def _only_at(module: nn.Module, at: Tensor, shape: Sequence[int]) -> Iterator[No
 
     def scatter(m: nn.Module, args: Any, out: Any) -> Any:
         y = out[0] if isinstance(out, tuple) else out
-        full = y.new_zeros(math.prod(shape), y.shape[-1]).index_copy(0, at.to(y.device), y.flatten(0, -2))
+        full = y.new_zeros(math.prod(shape), y.shape[-1]).index_copy_(0, at.to(y.device), y.flatten(0, -2))
         full = full.view(*shape, -1) if y.dim() == 3 else full
         return (full, *out[1:]) if isinstance(out, tuple) else full
 
