@@ -1,8 +1,8 @@
 """What an attached side memory costs when a model is used: prefill and decoding, routed and not.
 
-Two copies of one model with the same weights are timed in turn, one as it is, one with a side memory attached whose
-threshold keeps every prompt out or lets every prompt in; the routes are checked. The router does the same work either
-way, one decision per sequence at prefill.
+Three copies of one model that share their weights are timed in turn: one as it is, and two with a side memory attached
+whose threshold keeps every prompt out or lets every prompt in; the routes are checked. The router does the same work
+either way, one decision per sequence at prefill.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def overhead(base: Base, edits: int, batch: int, length: int, repeats: int) -> d
     attached: dict[str, Attached] = {}
     for name, epsilon in (("unrouted", float("inf")), ("routed", float("-inf"))):
         models[name] = copy.deepcopy(plain)
+        models[name].load_state_dict(plain.state_dict(), assign=True)  # in the same memory, which is as fast for all
         attached[name] = attach(models[name], side_memory(site, edits, EditConfig().rank, about, epsilon))
     on_gpu = plain.device.type == "cuda"
     timed = {"repeats": repeats, "warm": 3, "sync": torch.cuda.synchronize if on_gpu else lambda: None}

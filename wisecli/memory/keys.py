@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from wisecli.data.pool import ALONE
-from wisecli.memory.lookup import Index, alike, score
+from wisecli.memory.lookup import Index, alike, no_autocast, score
 
 RIDGE = 0.1  # of the mean variance within a fact, added to every direction's
 WIDEST = 1024  # principal directions at most in which the discriminant is sought
@@ -86,7 +86,7 @@ class KeySpace:
                 mean, whole, scale = (t.to(h.device).float() for t in (self.mean, self.projection, self.scale))
                 self._placed[h.device] = mean, whole * scale
         mean, projection = self._placed[h.device]
-        with torch.autocast(h.device.type, enabled=False):
+        with no_autocast(h.device):
             return (h.float() - mean) @ projection
 
     @cached_property

@@ -10,11 +10,13 @@ Shapes: `N` queries, `n` keys, `r` directions of the key space, `p` pairs of a q
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 SHARE = 0.5  # of the crowding that is taken off
-_SMALL = 1024  # keys up to which measuring all is as quick
+_SMALL = 4096  # pairs of a query and a key up to which measuring all is as quick
 _BLOCK = 1 << 24  # queries times keys at a time, so that many of both take no more memory
 _PAIRS = 1 << 18  # measured one by one at most; so many come only of keys that are all alike
 _EXACT = "donot_use_mm_for_euclid_dist"
@@ -36,19 +38,17 @@ class Index:
     """Keys where queries are: vectors [n, r] and the crowding of each [n], fp32."""
 
     def __init__(self, keys: Tensor, crowding: Tensor) -> None:
-        self._crowding = crowding
-        self._plain = len(keys) <= _SMALL
+        self._off = SHARE * crowding
         # Each direction of all keys in one piece: for few queries, the product is twice as quick that way.
-        self._keys = keys if self._plain else keys.T.contiguous().T
+        self._keys = keys if len(keys) <= _SMALL else keys.T.contiguous().T
         # Worst case of a sum of r products in either computation, and as much again for the square root and the rest.
         self._slack = 4 * keys.shape[1] * torch.finfo(torch.float32).eps
         self._lengths = (1 - self._slack) * keys.square().sum(1)
 
     def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Largest score [N] and its key [N], the first of equal ones, for queries [N, r]."""
-        if self._plain or not _full_precision():
-            best, at = score(z, self._keys, self._crowding).max(1)
-            return best, at
+        if len(z) * len(self._keys) <= _SMALL or not _full_precision():
+            return self._measured(z)
         found = [self._nearest(part) for part in z.split(max(1, _BLOCK // len(self._keys)))]
         return torch.cat([best for best, _ in found]), torch.cat([at for _, at in found])
 
@@ -58,25 +58,35 @@ class Index:
         best = self._score(z, at)
         row, key = (most >= best[:, None]).nonzero().T
         if len(row) > _PAIRS:
-            best, at = score(z, self._keys, self._crowding).max(1)
-            return best, at
+            return self._measured(z)
         scores = self._score(z[row], key)
         best = best.scatter_reduce(0, row, scores, "amax")
         won = scores == best[row]
         first = torch.full_like(at, len(self._keys)).scatter_reduce(0, row[won], key[won], "amin")
         return best, torch.where(first < len(self._keys), first, at)  # a query that is no number reaches nothing
 
+    def _measured(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest score [N] and its key [N], by measuring all."""
+        best, at = (alike(z, self._keys) - self._off).max(1)
+        return best, at
+
     def _most(self, z: Tensor) -> Tensor:
         """What each key can score at most [N, n]."""
-        with torch.autocast(z.device.type, enabled=False):
+        with no_autocast(z.device):
             square = torch.addmm(self._lengths, z, self._keys.T, alpha=-2)
         square += (1 - self._slack) * z.square().sum(1, keepdim=True)
-        return square.clamp_(min=0).sqrt_().mul_(-(0.5**0.5)).add_(1 + 1e-6).sub_(SHARE * self._crowding)
+        return square.clamp_(min=0).sqrt_().mul_(-(0.5**0.5)).add_(1 + 1e-6).sub_(self._off)
 
     def _score(self, z: Tensor, at: Tensor) -> Tensor:
         """Measured, of pairs [p]: a query each [p, r] with the key it is paired with."""
         apart = torch.cdist(z[:, None], self._keys[at][:, None], compute_mode=_EXACT)[:, 0, 0]
-        return 1 - apart / 2**0.5 - SHARE * self._crowding[at]
+        return 1 - apart / 2**0.5 - self._off[at]
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Within it nothing is computed in half precision; entering torch's own takes longer than a small product."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _full_precision() -> bool:

@@ -51,11 +51,13 @@ class ContentRule:
 
         A row without any content token keeps all its real tokens, so that it can still be routed.
         """
-        content = real.clone()
+        if not (self.special_ids or self.openings or self.closings):
+            return real
+        content = real
         if self.special_ids:
-            content &= ~torch.isin(ids, torch.tensor(self.special_ids, device=ids.device, dtype=ids.dtype))
+            content = content & ~torch.isin(ids, torch.tensor(self.special_ids, device=ids.device, dtype=ids.dtype))
         if self.openings or self.closings:
-            content &= self._last_turn(ids, real)
+            content = content & self._last_turn(ids, real)
         return torch.where(content.any(1, keepdim=True), content, real)
 
     def _last_turn(self, ids: Tensor, real: Tensor) -> Tensor:

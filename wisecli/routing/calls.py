@@ -58,11 +58,27 @@ def arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str,
     return {**bound.pop("kwargs", {}), **bound}
 
 
+def without_cache(bound: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """The arguments of a prefill for a forward that leaves no trace: no cache, masks cut to the tokens given."""
+
+    def cut(mask: Any) -> Any:
+        if isinstance(mask, Mapping):
+            return {k: cut(v) for k, v in mask.items()}
+        return mask[..., :width] if isinstance(mask, Tensor) and mask.dim() == 4 else mask
+
+    dropped = ("past_key_values", "use_cache", "cache_position", "logits_to_keep")
+    kept = {k: v for k, v in bound.items() if k not in dropped}
+    return {**kept, "attention_mask": cut(kept.get("attention_mask")), "use_cache": False}
+
+
 def state_of(values: Any) -> Any:
     """What carries sequences from one call to the next, among a call's arguments or results: a KV cache, or a state."""
     if not isinstance(values, Mapping):
         return getattr(values, "past_key_values", None)
-    return next((values[k] for k in ("past_key_values", "cache_params", "state") if values.get(k) is not None), None)
+    for name in ("past_key_values", "cache_params", "state"):
+        if (found := values.get(name)) is not None:
+            return found
+    return None
 
 
 def is_begun(state: Any) -> bool:

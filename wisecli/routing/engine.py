@@ -34,7 +34,16 @@ from wisecli.errors import RoutingError, UsageError
 from wisecli.memory.dense import DenseDeltas
 from wisecli.memory.side_memory import SideMemory
 from wisecli.models.site import decoder_layers, decoder_of, residual
-from wisecli.routing.calls import Generation, Prompts, arguments, input_of, is_begun, read_prompts, state_of
+from wisecli.routing.calls import (
+    Generation,
+    Prompts,
+    arguments,
+    input_of,
+    is_begun,
+    read_prompts,
+    state_of,
+    without_cache,
+)
 from wisecli.routing.routers import MAIN, Router, Routes, Seen, build_router
 
 if TYPE_CHECKING:
@@ -300,14 +309,17 @@ class OnModel:
                 )
             call.keep = False
             return
-        if any(routes.rows and key not in self._members for key, routes in known.items()):
-            raise RoutingError(
-                "The side memory that answers this sequence is no longer on the model.",
-                hint="Start from the prompt with an empty cache.",
-            )
         call.routes = _fit(known, call.rows)
-        call.idle = _nobody(call.routes)
-        call.keep = any(call.routes[key] is not routes for key, routes in known.items())
+        call.keep = call.routes is not known
+        call.idle = True
+        for key, routes in call.routes.items():
+            if routes.rows:
+                call.idle = False
+                if key not in self._members:
+                    raise RoutingError(
+                        "The side memory that answers this sequence is no longer on the model.",
+                        hint="Start from the prompt with an empty cache.",
+                    )
 
     def _start(self, call: _Call, bound: dict[str, Any]) -> None:
         """Make ready for the decisions about new prompts, or take them ahead where one depends on a later layer."""
@@ -322,7 +334,7 @@ class OnModel:
         token = self._ahead.set(first)
         try:
             with contextlib.suppress(Decided), torch.no_grad():
-                self._decoder(**_without_cache(bound, call.prompts.real.shape[1]))
+                self._decoder(**without_cache(bound, call.prompts.real.shape[1]))
         finally:
             self._ahead.reset(token)
         call.routes = _resolve(call.asked, first.found)
@@ -375,7 +387,7 @@ class OnModel:
             if call.found.keys() >= call.asked.ranks.keys():
                 raise Decided
             return
-        call.routes |= _resolve(call.asked, found)
+        call.routes = call.routes | _resolve(call.asked, found)
         self._note(call.rows, call.routes)
         if self._stop.get():
             raise Decided(call.routes[open_[-1].key], seen)
@@ -423,26 +435,17 @@ def _only(routes: Routes, kept: Tensor) -> Routes:
     return Routes.of(torch.where(kept, routes.memory, MAIN), routes.indicator, routes.epsilon, routes.edit)
 
 
-def _without_cache(bound: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """The arguments of a prefill for a forward that leaves no trace: no cache, masks cut to the tokens given."""
-
-    def cut(mask: Any) -> Any:
-        if isinstance(mask, Mapping):
-            return {k: cut(v) for k, v in mask.items()}
-        return mask[..., :width] if isinstance(mask, Tensor) and mask.dim() == 4 else mask
-
-    dropped = ("past_key_values", "use_cache", "cache_position", "logits_to_keep")
-    kept = {k: v for k, v in bound.items() if k not in dropped}
-    return {**kept, "attention_mask": cut(kept.get("attention_mask")), "use_cache": False}
-
-
 def _nobody(routes: Mapping[int, Routes]) -> bool:
     """Whether main memory answers every row."""
     return not any(r.rows for r in routes.values())
 
 
-def _fit(known: Mapping[int, Routes], rows: int) -> dict[int, Routes]:
-    return {key: _fitted(routes, rows) for key, routes in known.items()}
+def _fit(known: dict[int, Routes], rows: int) -> dict[int, Routes]:
+    """Routes of so many rows; what is known itself, where it is of so many."""
+    for routes in known.values():
+        if len(routes) != rows:
+            return {key: _fitted(r, rows) for key, r in known.items()}
+    return known
 
 
 def _fitted(routes: Routes, rows: int) -> Routes:

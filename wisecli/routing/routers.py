@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf, isfinite, nan
 from typing import Any, Protocol
 
@@ -243,14 +244,23 @@ class KeyRouter:
 
     def _claims(self, edit: Tensor) -> tuple[Tensor, Tensor]:
         """Memory and epsilon of edits; nothing reaches a withdrawn one's."""
-        memory = self.memory_of.to(edit.device)[edit]
-        return memory, torch.where(memory == MAIN, torch.inf, self.epsilon.to(edit.device)[memory])
+        if edit.device not in self._placed:
+            with torch.inference_mode(False):
+                reached = torch.where(self.memory_of == MAIN, torch.inf, self.epsilon[self.memory_of])
+                self._placed[edit.device] = self.memory_of.to(edit.device), reached.to(edit.device)
+        memory, epsilon = self._placed[edit.device]
+        return memory[edit], epsilon[edit]
+
+    @cached_property
+    def _placed(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        """Memory and epsilon of every edit by device."""
+        return {}
 
 
 def last_entries(seen: Seen) -> Tensor:
     """The entry [B, D] at each row's last content token."""
     last = last_content(seen.content).to(seen.entry.device)
-    return seen.entry[torch.arange(len(last), device=last.device), last]
+    return seen.entry.gather(1, last[:, None, None].expand(-1, 1, seen.entry.shape[-1]))[:, 0]
 
 
 ROUTERS = ("key", "activation")
