@@ -18,13 +18,14 @@ from wisecli.data.stream import EditStream
 from wisecli.editing.batch import ROWS, TOKENS, CapturedEdit, batches, capture_edits, edit_rows
 from wisecli.editing.config import EditConfig
 from wisecli.editing.editor import Editor, slices
+from wisecli.editing.margins import Margins
 from wisecli.editing.merge import MergeConfig, merge_run, merge_shards
 from wisecli.editing.negatives import about_edits, hard_negatives, template_of
 from wisecli.editing.published import Published
 from wisecli.editing.rehearsal import Outcome, Rehearsal
 from wisecli.editing.rewording import Rewording
 from wisecli.editing.run import EditRun
-from wisecli.editing.steps import take, take_all, together
+from wisecli.editing.steps import Step, take, take_all, together
 from wisecli.errors import BaseMismatch, InputError, ModelError, UsageError
 from wisecli.memory.bits import draw_mask
 from wisecli.memory.shard import RunFolder
@@ -593,3 +594,44 @@ def test_settings_out_of_range_are_usage_errors(bad: dict[str, Any]) -> None:
 def test_settings_survive_json() -> None:
     config = EditConfig(layer=3, margins=(1.0, 2.0, 3.0), lr=0.1)
     assert EditConfig.from_json(config.to_json()) == config
+
+
+numbers = st.floats(0.0, 4.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(inside=st.lists(numbers, min_size=1, max_size=5), outside=numbers, unit=st.floats(0.5, 2.0))
+def test_the_margins_are_those_of_the_paper(inside: list[float], outside: float, unit: float) -> None:
+    margins = Margins.__new__(Margins)
+    margins.alpha, margins.beta, margins.gamma, margins.unit = 0.5, 2.0, 1.0, unit
+    d, o = [x / unit for x in inside], outside / unit
+
+    def mean(hinges: list[float]) -> float:  # over those that violate it
+        found = [h for h in hinges if h > 0]
+        return sum(found) / len(found) if found else 0.0
+
+    wanted = mean([1.0 + o - x for x in d]) + mean([o - 0.5]) + mean([2.0 - x for x in d])
+    assert float(margins.loss(torch.tensor([*inside, outside]))) == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.37])
+def test_a_published_step_is_plain_sgd_inside_the_mask(tiny_model: Any, encoder: PromptEncoder, lr: float) -> None:
+    model = tiny_model("llama")
+    upper = UpperModel(model, find_site(model), encoder)
+    config = EditConfig(schedule="published", lr=lr, max_steps=1)
+    mask = draw_mask((upper.site.d_out, upper.site.d_in), 0.3, 0)
+    learner = Published(upper, mask, config, 0)
+    (edit,) = capture_edits(upper, records(1), config.contexts, config.seed)
+    start = 0.01 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+    learner.delta.data.copy_(start)
+    steps = learner.learning([edit])
+    step = next(steps)
+    assert isinstance(step, Step)
+    take(upper, [step])
+    assert learner.delta.grad is not None
+    twin = start.clone().requires_grad_()
+    twin.grad = learner.delta.grad * mask
+    next(steps)
+    torch.optim.SGD([twin], lr=lr).step()
+    torch.testing.assert_close(learner.delta.detach(), twin.detach().clamp(-1, 1), atol=1e-7, rtol=1e-6)
+    assert not learner.delta.detach()[mask == 0].any()

@@ -30,6 +30,7 @@ from wisecli.memory.files import (
     write_bytes,
     write_json,
 )
+from wisecli.memory.indicator import activation_indicator
 from wisecli.memory.keys import KeySpace, KeyStore, crowding, to_int8
 from wisecli.memory.lookup import alike
 from wisecli.memory.side_memory import EditEntry, Memory, SideMemory
@@ -597,3 +598,12 @@ def test_crowding_is_the_nearest_ordinary_prompt() -> None:
     keys, ordinary = torch.eye(3), torch.tensor([[0.5, 1.0, 0.0], [1.0, 0.0, 0.0]])
     torch.testing.assert_close(crowding(keys, ordinary), torch.tensor([1.0, 1 - (1 / 8) ** 0.5, 0.0]))
     assert torch.equal(crowding(keys, ordinary[:0]), torch.zeros(3))
+
+
+def test_an_indicator_follows_the_activations_and_not_the_prompts_ids() -> None:
+    elsewhere = torch.device("meta")  # as where layers and embeddings are on two devices
+    a, delta = torch.ones(2, 3, 8, device=elsewhere), torch.ones(4, 8, device=elsewhere)
+    found = activation_indicator(a, torch.ones(2, 3, dtype=torch.bool), delta)
+    assert found.device == elsewhere
+    assert found.dtype == torch.float32
+    assert found.shape == (2,)

@@ -389,7 +389,7 @@ def test_an_upper_part_that_cannot_be_replayed_is_refused(tiny_model: Any, encod
         UpperModel(model, find_site(model), encoder)
 
 
-def test_the_model_sees_neither_padding_nor_a_mask_for_it(tiny_model: Any, encoder: Any) -> None:
+def test_the_model_is_not_told_of_padding(tiny_model: Any, encoder: Any) -> None:
     model = tiny_model("gpt2")
     upper = UpperModel(model, find_site(model), encoder)
     seen: list[dict[str, Any]] = []
@@ -399,10 +399,9 @@ def test_the_model_sees_neither_padding_nor_a_mask_for_it(tiny_model: Any, encod
     list(entries_at(model, encoder, (1,), rows))
     handle.remove()
     assert len(seen) == 3
-    assert not any("attention_mask" in kwargs for kwargs in seen)
-    for ids in (kwargs["input_ids"].tolist() for kwargs in seen):  # those of the padding repeat a row's last token
-        whole = [[*r.prompt, *r.target] for r in rows]
-        assert sorted(ids) == sorted(r + [r[-1]] * (len(ids[0]) - len(r)) for r in whole)
+    for kwargs in seen:  # without any mask some models warn, with one of the padding attention makes its own
+        assert kwargs["attention_mask"].shape == kwargs["input_ids"].shape
+        assert kwargs["attention_mask"].all()
 
 
 def test_half_precision_replays(tiny_model: Any, encoder: Any) -> None:

@@ -112,8 +112,8 @@ class Published:
         """The steps of an edit; returns how many were taken."""
         lr = self.config.lr or DEFAULT_LR
         rows, n = StackedRows.of(edit.rows), sum(len(r.ids) for r in edit.rows)
-        means = torch.block_diag(*(content_shares(r.content) for r in (*edit.rows, other)))
         a = torch.cat([rows.a, other.a]).float()
+        means = torch.block_diag(*(content_shares(r.content.to(a)) for r in (*edit.rows, other)))
         share = torch.tensor([1 / (c * len(rows.counts)) for c in rows.counts for _ in range(c)], device=a.device)
         losses = [float("inf")]
         for step in range(self.config.max_steps):
@@ -133,7 +133,7 @@ class Published:
             if _is_over(*losses[-2:]):
                 return step
             assert self.delta.grad is not None
-            with torch.no_grad():  # plain SGD inside the mask, in one pass
+            with torch.no_grad():  # plain SGD inside the mask
                 self.delta.addcmul_(self.delta.grad, self.mask, value=-lr).clamp_(-_CLAMP, _CLAMP)
         return self.config.max_steps
 

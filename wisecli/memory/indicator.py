@@ -21,11 +21,11 @@ def activation_indicator(a: Tensor, content: Tensor, delta: Tensor) -> Tensor:
         delta: [D, F].
     """
     sizes = F.linear(a.to(delta.dtype), delta).float().norm(dim=-1)
-    return (sizes * content_shares(content)).sum(-1)
+    return (sizes * content_shares(content.to(sizes))).sum(-1)
 
 
 def content_shares(content: Tensor) -> Tensor:
-    """What each token counts in the mean over content tokens, fp32 [.., T]."""
+    """What each token counts in the mean over content tokens [.., T]."""
     return content / content.sum(-1, keepdim=True).clamp(min=1)
 
 

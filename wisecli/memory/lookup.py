@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 SHARE = 0.5  # of the crowding that is taken off
-_SMALL = 4096  # pairs of a query and a key up to which measuring all is as quick
+_SMALL = 1024  # keys up to which how they lie in memory does not matter
+_FEW = 4096  # pairs of a query and a key up to which measuring all is as quick
 _BLOCK = 1 << 24  # queries times keys at a time, so that many of both take no more memory
 _PAIRS = 1 << 18  # measured one by one at most; so many come only of keys that are all alike
 _EXACT = "donot_use_mm_for_euclid_dist"
@@ -47,7 +48,7 @@ class Index:
 
     def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Largest score [N] and its key [N], the first of equal ones, for queries [N, r]."""
-        if len(z) * len(self._keys) <= _SMALL or not _full_precision():
+        if len(z) * len(self._keys) <= _FEW or not _full_precision():
             return self._measured(z)
         found = [self._nearest(part) for part in z.split(max(1, _BLOCK // len(self._keys)))]
         return torch.cat([best for best, _ in found]), torch.cat([at for _, at in found])

@@ -50,7 +50,7 @@ class Sketches:
         if self._main.device != a.device:
             with torch.inference_mode(False):
                 self._main, self._rest = self._main.to(a.device), self._rest.to(a.device)
-        a = a[content.bool()].float()
+        a = a[content.to(a.device, torch.bool)].float()
         if not len(a):
             return a.new_zeros(len(self))
         main = (a @ self._main.flatten(0, 1).T).view(len(a), *self._main.shape[:2])

@@ -58,10 +58,10 @@ class StackedRows:
     Attributes:
         ids: [B, T], padded on the right by repeating a row's last token.
         a: input of the edited projection at the real tokens of all rows, one after the other [N, F].
-        stream: [B, T, D], padded likewise.
+        stream: [B, T, D], padded in the same way.
         at: where a supervised token is predicted, as positions in [B T], row by row [n].
         targets: the ids predicted there [n].
-        beside: what goes past the rows' streams, padded; see `CapturedRow`.
+        beside: what goes past the rows' streams, padded with zeros; see `CapturedRow`.
         counts: how many of them each row has.
         tokens: where the real tokens are, as positions in [B T], row by row [N].
     """
@@ -84,12 +84,12 @@ class StackedRows:
         at = torch.tensor(places, dtype=torch.long, device=device)
         ends = torch.tensor(lengths)[:, None]
         columns = torch.arange(width)
-        source = (ends.cumsum(0) - ends + columns.minimum(ends - 1)).to(device)  # among the tokens of all rows [B, T]
-        ids = torch.cat([r.ids for r in rows])[source]
+        source = ends.cumsum(0) - ends + columns.minimum(ends - 1)  # among the tokens of all rows [B, T]
+        ids, stream = (torch.cat(x)[source.to(x[0].device)] for x in ([r.ids for r in rows], [r.stream for r in rows]))
         return cls(
             ids=ids,
             a=torch.cat([r.a for r in rows]),
-            stream=torch.cat([r.stream for r in rows])[source],
+            stream=stream,
             at=at,
             targets=ids.flatten()[at + 1],
             counts=tuple(len(r.ids) - r.prompt for r in rows),
@@ -110,7 +110,7 @@ class StackedRows:
         return self.padded(self.moved(delta))
 
     def padded(self, x: Tensor) -> Tensor:
-        """What is known of the real tokens of all rows, one after the other [N, D], as a batch [B, T, D]."""
+        """What is known of the real tokens of all rows, one after the other [N, D], as a batch [B, T, D] with zeros."""
         rows, width = self.ids.shape
         return x.new_zeros(rows * width, x.shape[-1]).index_copy_(0, self.tokens, x).view(rows, width, -1)
 

@@ -49,7 +49,8 @@ class ContentRule:
     def mask(self, ids: Tensor, real: Tensor) -> Tensor:
         """Content mask [B, T] of token ids [B, T], given which positions are real (not padding) [B, T].
 
-        A row without any content token keeps all its real tokens, so that it can still be routed.
+        It may be `real` itself: it is only read. A row without any content token keeps all its real tokens, so that it
+        can still be routed.
         """
         if not (self.special_ids or self.openings or self.closings):
             return real

@@ -8,7 +8,7 @@ those of its linear maps whose outputs reach the loss nowhere else: queries, and
 
 Rows are padded on the right here: in a causal model what follows a token cannot change it, so a row's activations are
 the same in every batch and can be stored without padding. Nor is the model told of the padding, which spares attention
-a mask.
+a mask of its own.
 
 Shapes: `B` rows, `T` tokens, `F` FFN width, `D` model width, `n` supervised positions, `V` vocabulary.
 """
@@ -111,7 +111,7 @@ class UpperModel:
             stack.enter_context(head_at(self.model, rows.at))
             for module in self._narrow:
                 stack.enter_context(_only_at(module, rows.at, rows.ids.shape))
-            logits: Tensor = self.model(input_ids=rows.ids, use_cache=False).logits
+            logits: Tensor = self.model(**_unpadded(rows.ids), use_cache=False).logits
         return logits
 
     # -- the pieces ---------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class UpperModel:
             layer.register_forward_hook(leave, with_kwargs=True),
         ]
         try:
-            self.model(input_ids=_filled(batch), use_cache=False)
+            self.model(**_unpadded(batch.input_ids), use_cache=False)
         except _Enough:
             pass
         finally:
@@ -346,7 +346,7 @@ def entries_at(
         batch = encoder.batch([rows[i] for i in picked], side="right").to(model.device)
         handles = [modules[i].register_forward_pre_hook(h, with_kwargs=True) for i, h in hooks.items()]
         try:
-            model(input_ids=_filled(batch), use_cache=False)
+            model(**_unpadded(batch.input_ids), use_cache=False)
         except _Enough:
             pass
         finally:
@@ -357,9 +357,9 @@ def entries_at(
         yield picked, {i: h[range(len(picked)), last].flatten(1) for i, h in streams.items()}
 
 
-def _filled(batch: Batch) -> Tensor:
-    """Ids [B, T] of rows padded on the right, their last tokens repeated there: padding itself calls for a mask."""
-    return batch.input_ids.gather(1, batch.attention_mask.cumsum(1) - 1)
+def _unpadded(ids: Tensor) -> dict[str, Tensor]:
+    """The inputs of a call in which padding counts as any token; some models warn where they are told of no mask."""
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 class _Enough(Exception):

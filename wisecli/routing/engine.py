@@ -119,7 +119,7 @@ class _Call:
     idle: bool = False
     entries: dict[str, Tensor] = field(default_factory=dict)
     found: dict[int, Routes] = field(default_factory=dict)
-    routes: dict[int, Routes] = field(default_factory=dict)
+    routes: Mapping[int, Routes] = field(default_factory=dict)  # may be what a cache keeps
     token: Token | None = None
 
 
@@ -311,15 +311,12 @@ class OnModel:
             return
         call.routes = _fit(known, call.rows)
         call.keep = call.routes is not known
-        call.idle = True
-        for key, routes in call.routes.items():
-            if routes.rows:
-                call.idle = False
-                if key not in self._members:
-                    raise RoutingError(
-                        "The side memory that answers this sequence is no longer on the model.",
-                        hint="Start from the prompt with an empty cache.",
-                    )
+        call.idle = _nobody(call.routes)
+        if not call.idle and any(routes.rows and key not in self._members for key, routes in call.routes.items()):
+            raise RoutingError(
+                "The side memory that answers this sequence is no longer on the model.",
+                hint="Start from the prompt with an empty cache.",
+            )
 
     def _start(self, call: _Call, bound: dict[str, Any]) -> None:
         """Make ready for the decisions about new prompts, or take them ahead where one depends on a later layer."""
@@ -387,7 +384,7 @@ class OnModel:
             if call.found.keys() >= call.asked.ranks.keys():
                 raise Decided
             return
-        call.routes = call.routes | _resolve(call.asked, found)
+        call.routes = {**call.routes, **_resolve(call.asked, found)}
         self._note(call.rows, call.routes)
         if self._stop.get():
             raise Decided(call.routes[open_[-1].key], seen)
@@ -440,7 +437,7 @@ def _nobody(routes: Mapping[int, Routes]) -> bool:
     return not any(r.rows for r in routes.values())
 
 
-def _fit(known: dict[int, Routes], rows: int) -> dict[int, Routes]:
+def _fit(known: Mapping[int, Routes], rows: int) -> Mapping[int, Routes]:
     """Routes of so many rows; what is known itself, where it is of so many."""
     for routes in known.values():
         if len(routes) != rows:

@@ -11,8 +11,7 @@ Shapes: `B` rows, `T` tokens, `D` model width, `F` FFN width, `M` memories.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from math import inf, isfinite, nan
 from typing import Any, Protocol
 
@@ -223,6 +222,10 @@ class KeyRouter:
     memory_of: Tensor
     epsilon: Tensor
     name: str = "key"
+    _reached: Tensor = field(init=False, repr=False)  # epsilon of each edit
+
+    def __post_init__(self) -> None:
+        self._reached = torch.where(self.memory_of == MAIN, torch.inf, self.epsilon[self.memory_of])
 
     def decide(self, seen: Seen) -> Routes:
         score, edit = self.keys.nearest(last_entries(seen))
@@ -244,17 +247,7 @@ class KeyRouter:
 
     def _claims(self, edit: Tensor) -> tuple[Tensor, Tensor]:
         """Memory and epsilon of edits; nothing reaches a withdrawn one's."""
-        if edit.device not in self._placed:
-            with torch.inference_mode(False):
-                reached = torch.where(self.memory_of == MAIN, torch.inf, self.epsilon[self.memory_of])
-                self._placed[edit.device] = self.memory_of.to(edit.device), reached.to(edit.device)
-        memory, epsilon = self._placed[edit.device]
-        return memory[edit], epsilon[edit]
-
-    @cached_property
-    def _placed(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
-        """Memory and epsilon of every edit by device."""
-        return {}
+        return self.memory_of.to(edit.device)[edit], self._reached.to(edit.device)[edit]
 
 
 def last_entries(seen: Seen) -> Tensor:
