@@ -2,14 +2,18 @@
 
 Three copies of one model that share their weights are timed in turn: one as it is, and two with a side memory attached
 whose threshold keeps every prompt out or lets every prompt in; the routes are checked. The router does the same work
-either way, one decision per sequence at prefill.
+either way, one decision per sequence at prefill. Beside the ratios stands what share of the attached model's time its
+hooks take, which a machine that is busy now and then leaves as it is.
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from measure import Times, interleaved, quartiles, ratios
@@ -22,6 +26,7 @@ from wisecli.models.base import Base, fingerprint
 from wisecli.models.prompts import PromptEncoder
 from wisecli.models.site import find_site
 from wisecli.routing.attach import Attached, attach
+from wisecli.routing.engine import _Hook
 
 TOKENS = 16  # decoded one by one
 
@@ -62,12 +67,19 @@ def overhead(base: Base, edits: int, batch: int, length: int, repeats: int) -> d
     with torch.no_grad():
         prefill = interleaved({n: _prefill(m, inputs) for n, m in models.items()}, **timed)
         decode = interleaved({n: _decode(m, inputs) for n, m in models.items()}, **timed)
+        shares = [
+            {n: _share_of_hooks(make(models[n], inputs), min(repeats, 20)) for n in attached if not on_gpu}
+            for make in (_prefill, _decode)
+        ]
     for name, a in attached.items():
         if a.last is None or bool((a.last.memory >= 0).all()) != (name == "routed"):
             raise RuntimeError(f"{name}: the routes are {a.last and a.last.memory.tolist()}")
         a.detach()
     clock = "wall" if on_gpu else "cpu"
-    return {"prefill": _compared(prefill, clock), f"decode, {TOKENS} tokens": _compared(decode, clock)}
+    out = {"prefill": _compared(prefill, clock), f"decode, {TOKENS} tokens": _compared(decode, clock)}
+    for found, share in zip(out.values(), shares, strict=True):
+        found |= {f"{name}_in_hooks": x for name, x in share.items()}
+    return out
 
 
 def _compared(times: Mapping[str, Times], clock: str) -> dict[str, Any]:
@@ -78,6 +90,25 @@ def _compared(times: Mapping[str, Times], clock: str) -> dict[str, Any]:
         pairs = zip(getattr(times[name], clock), getattr(times["plain"], clock), strict=True)
         out[f"{name}_beyond_plain_ms"] = 1e3 * quartiles(tuple(a - b for a, b in pairs))[1]
     return out
+
+
+def _share_of_hooks(thing: Callable[[], None], repeats: int) -> float:
+    """Share of the wall seconds of a thing that is spent in the hooks of what is attached, the median."""
+    act, spent, shares = _Hook.__call__, [0.0], []
+
+    def timed(hook: _Hook, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return act(hook, *args, **kwargs)
+        finally:
+            spent[0] += time.perf_counter() - start
+
+    with mock.patch.object(_Hook, "__call__", timed):
+        for _ in range(repeats):
+            spent[0], start = 0.0, time.perf_counter()
+            thing()
+            shares.append(spent[0] / (time.perf_counter() - start))
+    return statistics.median(shares)
 
 
 def _prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
