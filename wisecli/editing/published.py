@@ -132,9 +132,9 @@ class Published:
             yield Step(edit.rows, rows, moved[:n], loss)
             if _is_over(*losses[-2:]):
                 return step
-            assert self.delta.grad is not None
             with torch.no_grad():  # plain SGD inside the mask
-                self.delta.addcmul_(self.delta.grad, self.mask, value=-lr).clamp_(-_CLAMP, _CLAMP)
+                self.delta.addcmul_(self.delta.grad, self.mask, value=-lr)  # type: ignore[arg-type]
+                self.delta.clamp_(-_CLAMP, _CLAMP)
         return self.config.max_steps
 
     @torch.no_grad()
