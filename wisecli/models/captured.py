@@ -56,12 +56,12 @@ class StackedRows:
     """Captured rows made ready for the upper part: put together once, asked as often as wanted.
 
     Attributes:
-        ids: [B, T], padded on the right by repeating a row's last token.
+        ids: [B, T], padded on the right with zeros, as all that is padded.
         a: input of the edited projection at the real tokens of all rows, one after the other [N, F].
-        stream: [B, T, D], padded in the same way.
+        stream: [B, T, D].
         at: where a supervised token is predicted, as positions in [B T], row by row [n].
         targets: the ids predicted there [n].
-        beside: what goes past the rows' streams, padded with zeros; see `CapturedRow`.
+        beside: what goes past the rows' streams, padded; see `CapturedRow`.
         counts: how many of them each row has.
         tokens: where the real tokens are, as positions in [B T], row by row [N].
     """
@@ -78,22 +78,19 @@ class StackedRows:
     @classmethod
     def of(cls, rows: Sequence[CapturedRow]) -> StackedRows:
         """The rows, in order."""
-        device, lengths = rows[0].ids.device, [len(r.ids) for r in rows]
-        width = max(lengths)  # told here, so that nothing is asked back from an accelerator in every step
+        ids = pad_sequence([r.ids for r in rows], batch_first=True)
+        width = ids.shape[1]  # told here, so that nothing is asked back from an accelerator in every step
         places = [k * width + t for k, r in enumerate(rows) for t in range(r.prompt - 1, len(r.ids) - 1)]
-        at = torch.tensor(places, dtype=torch.long, device=device)
-        ends = torch.tensor(lengths)[:, None]
-        columns = torch.arange(width)
-        source = ends.cumsum(0) - ends + columns.minimum(ends - 1)  # among the tokens of all rows [B, T]
-        ids, stream = (torch.cat(x)[source.to(x[0].device)] for x in ([r.ids for r in rows], [r.stream for r in rows]))
+        at = torch.tensor(places, dtype=torch.long, device=ids.device)
+        real = torch.arange(width) < torch.tensor([len(r.ids) for r in rows])[:, None]
         return cls(
             ids=ids,
             a=torch.cat([r.a for r in rows]),
-            stream=stream,
+            stream=pad_sequence([r.stream for r in rows], batch_first=True),
             at=at,
             targets=ids.flatten()[at + 1],
             counts=tuple(len(r.ids) - r.prompt for r in rows),
-            tokens=(columns < ends).flatten().nonzero()[:, 0].to(device),
+            tokens=real.flatten().nonzero()[:, 0].to(ids.device),
             beside=_padded([r.beside for r in rows]),
         )
 
